@@ -1,0 +1,57 @@
+//! Every fixed bound of the program, with its unit and its reason.
+//!
+//! What an operator may want to change is in the configuration and has its default in
+//! [`crate::config`]; what stands here is a property of the program.
+
+/// Longest request or response head, bytes. Heads of LLM clients are under 2 KiB; 32 KiB leaves
+/// room for large cookies and tracing headers and still bounds what an idle connection may hold.
+pub const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+/// Most header fields in one head. The same bound as nginx' and hyper's default order.
+pub const HEADERS_MAX: usize = 100;
+
+/// Longest chunk-size line of a chunked body, bytes, extensions included (RFC 9112, section 7.1.1
+/// leaves the bound to us).
+pub const CHUNK_LINE_BYTES_MAX: usize = 256;
+
+/// Longest trailer section of a chunked body, bytes. Trailers are read and dropped.
+pub const TRAILER_BYTES_MAX: usize = 8 * 1024;
+
+/// Longest server-sent event that is held to be looked at, bytes. A longer one is passed on
+/// unseen except for its tail. `response.completed` of the Responses API carries a whole answer,
+/// which for long ones is some hundred KiB.
+pub const EVENT_BYTES_MAX: usize = 1024 * 1024;
+
+/// Longest answer body without streaming that is kept to read its usage, bytes; a longer one is
+/// relayed and its usage looked for in its tail.
+pub const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
+
+/// Size of a core's scratch buffer for receives, bytes. One read of a flooding stream fills it;
+/// every stream of the core uses the same one in turn.
+pub const SCRATCH_BYTES: usize = 64 * 1024;
+
+/// Deepest nesting of JSON that is walked. Beyond it the body is refused.
+pub const JSON_DEPTH_MAX: usize = 128;
+
+/// Longest name in the configuration (keys, models, providers, teams), bytes. It bounds a ledger
+/// record.
+pub const NAME_BYTES_MAX: usize = 128;
+
+/// Size of one journal segment, bytes.
+pub const SEGMENT_BYTES: usize = 4 * 1024 * 1024;
+
+/// Largest ledger record, bytes: the fixed part and five names of [`NAME_BYTES_MAX`].
+pub const RECORD_BYTES_MAX: usize = 1024;
+
+/// Entries of the access log that a core may be ahead of its writer. Beyond it entries are dropped
+/// and counted.
+pub const ACCESS_LOG_QUEUE: usize = 8192;
+
+/// Client addresses whose refusals are watched at the same time. 16 bytes each.
+pub const REFUSAL_SLOTS: usize = 64 * 1024;
+
+/// Requests to upstreams made for one client request, the first included.
+pub const ATTEMPTS_MAX: usize = 3;
+
+/// Idle connections that a core keeps to one endpoint.
+pub const POOL_IDLE_MAX: usize = 256;

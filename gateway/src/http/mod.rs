@@ -1,0 +1,6 @@
+//! HTTP/1.1 as RFC 9112 has it, strictly: heads, chunked bodies, and the framing of server-sent
+//! events. Pure functions over bytes; nothing here does I/O.
+
+pub mod chunked;
+pub mod head;
+pub mod sse;

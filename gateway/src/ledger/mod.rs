@@ -1,0 +1,3 @@
+//! The books: one record for every accepted request, on disk before the answer's last byte leaves.
+
+pub mod record;
