@@ -6,7 +6,10 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::Deserialize;
 
-use super::units::{Bytes, Secret, Span};
+use super::{
+    error::Problem,
+    units::{Bytes, Secret, Span},
+};
 
 /// The configuration file, `gateway.yaml`.
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
@@ -38,6 +41,12 @@ pub struct Config {
     /// How long running streams may go on after SIGTERM.
     #[serde(default = "drain_default")]
     pub drain: Span,
+    /// What is doubtful in the file but allowed; filled by the loader.
+    #[serde(skip)]
+    pub warnings: Vec<Problem>,
+    /// Whether a secret stands in the file itself; filled by the loader.
+    #[serde(skip)]
+    pub(super) literal_secrets: bool,
 }
 
 #[derive(Debug, Clone, Deserialize, JsonSchema)]
