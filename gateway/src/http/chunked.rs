@@ -271,3 +271,144 @@ pub fn frame_in_place(buf: &mut [u8], payload: Range<usize>) -> Range<usize> {
     buf[payload.end..end].copy_from_slice(CHUNK_END);
     start..end
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Decodes `body` in pieces of `step` bytes; the payload, and what follows the body.
+    fn decode(body: &[u8], step: usize) -> Result<(Vec<u8>, Option<usize>), ChunkError> {
+        let mut decoder = ChunkedDecoder::new();
+        let (mut payload, mut consumed) = (Vec::new(), 0);
+        for piece in body.chunks(step) {
+            let mut piece = piece.to_vec();
+            let decoded = decoder.decode(&mut piece)?;
+            payload.extend_from_slice(&piece[decoded.payload]);
+            consumed += decoded.consumed;
+            if decoded.done {
+                return Ok((payload, Some(consumed)));
+            }
+            assert_eq!(decoded.consumed, piece.len());
+        }
+        Ok((payload, None))
+    }
+
+    #[test]
+    fn decodes_at_any_cut() {
+        let body = b"5\r\nhello\r\n1;a=\"b\"\r\n,\r\n0006\r\n world\r\n00;x\r\nX-Sum: 1\r\nY:\r\n\r\nGET /";
+        for step in 1..=body.len() {
+            let (payload, end) = decode(body, step).unwrap();
+            assert_eq!(payload, b"hello, world", "{step}");
+            assert_eq!(&body[end.unwrap()..], b"GET /", "{step}");
+        }
+    }
+
+    #[test]
+    fn leaves_a_single_chunk_where_it_is_and_moves_several_together() {
+        let mut buf = *b"3\r\nabc\r\n";
+        let decoded = ChunkedDecoder::new().decode(&mut buf).unwrap();
+        assert_eq!(
+            (decoded.payload, decoded.consumed, decoded.done),
+            (3..6, 8, false)
+        );
+        assert_eq!(&buf, b"3\r\nabc\r\n");
+        let mut buf = *b"3\r\nabc\r\n4\r\ndefg\r\n0\r\n\r\nnext";
+        let decoded = ChunkedDecoder::new().decode(&mut buf).unwrap();
+        assert_eq!(&buf[decoded.payload], b"abcdefg");
+        assert!(decoded.done);
+        assert_eq!(&buf[decoded.consumed..], b"next");
+    }
+
+    #[test]
+    fn stays_done() {
+        let mut decoder = ChunkedDecoder::new();
+        assert!(decoder.decode(&mut LAST_CHUNK.to_vec()).unwrap().done);
+        let again = decoder.decode(&mut b"5\r\n".to_vec()).unwrap();
+        assert_eq!(
+            again,
+            Decoded {
+                payload: 0..0,
+                consumed: 0,
+                done: true
+            }
+        );
+    }
+
+    #[test]
+    fn refuses_what_smuggles() {
+        use ChunkError::*;
+        for (body, error) in [
+            ("\r\n", Size),
+            ("+5\r\n", Size),
+            ("-5\r\n", Size),
+            (" 5\r\n", Size),
+            ("5 \r\n", Size),
+            ("5 ;x\r\n", Size),
+            ("0x5\r\n", Size),
+            ("5_0\r\n", Size),
+            ("g\r\n", Size),
+            (";x\r\n", Size),
+            ("5\n", LineEnd),
+            ("5;x\n", LineEnd),
+            ("5\rx", LineEnd),
+            ("5;\u{0}\r\n", Extension),
+            ("5;a\u{7f}\r\n", Extension),
+            ("00000000000000001\r\n", SizeTooLarge),
+            ("fffffffffffffffff\r\n", SizeTooLarge),
+            ("1\r\nab\r\n", LineEnd),
+            ("1\r\na\n", LineEnd),
+            ("1\r\na\r\r", LineEnd),
+            ("0\r\n\n", LineEnd),
+            ("0\r\n\rx", LineEnd),
+            ("0\r\nX: a\n", LineEnd),
+            ("0\r\nX\r\n", Trailer),
+            ("0\r\n: a\r\n", Trailer),
+            ("0\r\n X: a\r\n", Trailer),
+            ("0\r\nX : a\r\n", Trailer),
+            ("0\r\nX: \u{0}\r\n", Trailer),
+            ("0\r\nX: a\rb", LineEnd),
+        ] {
+            for step in 1..=body.len() {
+                assert_eq!(decode(body.as_bytes(), step), Err(error), "{body:?} by {step}");
+            }
+        }
+    }
+
+    #[test]
+    fn bounds_lines_and_trailers() {
+        let line = |len: usize| decode(format!("1;{}\r\na", "x".repeat(len - 3)).as_bytes(), 7);
+        assert!(line(CHUNK_LINE_BYTES_MAX).is_ok());
+        assert_eq!(line(CHUNK_LINE_BYTES_MAX + 1), Err(ChunkError::LineTooLong));
+        // Each line is bounded anew.
+        let many = "1;xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx\r\na\r\n".repeat(100);
+        assert_eq!(decode(many.as_bytes(), 64), Ok((vec![b'a'; 100], None)));
+        let trailers = "0\r\n".to_owned() + &"X: a\r\n".repeat(TRAILER_BYTES_MAX / 5 + 1);
+        assert_eq!(decode(trailers.as_bytes(), 64), Err(ChunkError::TrailerTooLarge));
+    }
+
+    #[test]
+    fn takes_the_largest_size() {
+        let mut decoder = ChunkedDecoder::new();
+        let decoded = decoder.decode(&mut b"ffffffffffffffff\r\nabc".to_vec()).unwrap();
+        assert_eq!(
+            decoded,
+            Decoded {
+                payload: 18..21,
+                consumed: 21,
+                done: false
+            }
+        );
+    }
+
+    #[test]
+    fn encodes_in_front_of_the_payload() {
+        let mut line = [0; CHUNK_HEAD_BYTES_MAX];
+        assert_eq!(write_chunk_head(1, &mut line), b"1\r\n");
+        assert_eq!(write_chunk_head(0xabc0, &mut line), b"abc0\r\n");
+        assert_eq!(write_chunk_head(usize::MAX, &mut line), b"ffffffffffffffff\r\n");
+        let mut buf = *b"..................hello..";
+        let chunk = frame_in_place(&mut buf, 18..23);
+        assert_eq!(&buf[chunk], b"5\r\nhello\r\n");
+        assert_eq!(frame_in_place(&mut buf, 18..18), 18..18);
+    }
+}

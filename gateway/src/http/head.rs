@@ -595,8 +595,9 @@ fn values_named<'b>(fields: &[Field], buf: &'b [u8], name_lowercase: &str) -> im
 /// httparse says `Version` for `HTTP/2.0` and for rubbish alike; only the first is a version.
 fn refine_version(error: httparse::Error, head: &[u8]) -> HeadError {
     let line_end = memchr::memchr(b'\r', head).unwrap_or(head.len());
-    let is_version = match head[..line_end].rsplit(|&byte| byte == b' ').next() {
-        Some([b'H', b'T', b'T', b'P', b'/', major, b'.', minor]) => {
+    let mut words = head[..line_end].split(|&byte| byte == b' ');
+    let is_version = match (words.nth(2), words.next()) {
+        (Some([b'H', b'T', b'T', b'P', b'/', major, b'.', minor]), None) => {
             major.is_ascii_digit() && minor.is_ascii_digit()
         }
         _ => false,
@@ -606,3 +607,6 @@ fn refine_version(error: httparse::Error, head: &[u8]) -> HeadError {
         other => other,
     }
 }
+
+#[cfg(test)]
+mod tests;
