@@ -47,7 +47,7 @@ pub const RECORD_BYTES_MAX: usize = 1024;
 /// and counted.
 pub const ACCESS_LOG_QUEUE: usize = 8192;
 
-/// Client addresses whose refusals are watched at the same time. 16 bytes each.
+/// Client addresses whose refusals are watched at the same time. 8 bytes each.
 pub const REFUSAL_SLOTS: usize = 64 * 1024;
 
 /// Requests to upstreams made for one client request, the first included.
