@@ -5,6 +5,7 @@
 //! `secrets` resolves `${…}`, and `validate` checks what fields mean together. All that is wrong is
 //! reported at once, each with its line, column and path.
 
+pub mod defaults;
 mod endpoint;
 mod error;
 mod key;
