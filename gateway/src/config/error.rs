@@ -97,3 +97,14 @@ pub(super) fn quote(text: &str) -> String {
     }
     format!("`{}`", short.escape_debug())
 }
+
+/// Another library's message in our form: lower case, one line, no full stop.
+pub(super) fn plain_words(message: &str) -> String {
+    let message = message.trim().trim_end_matches('.').replace(['\n', '\r'], " ");
+    let mut chars = message.chars();
+    match (chars.next(), chars.clone().next()) {
+        // An abbreviation such as YAML keeps its capitals.
+        (Some(first), Some(second)) if !second.is_uppercase() => first.to_lowercase().chain(chars).collect(),
+        _ => message,
+    }
+}

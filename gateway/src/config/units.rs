@@ -223,7 +223,10 @@ macro_rules! string_schema {
                 $name.into()
             }
             fn json_schema(_: &mut SchemaGenerator) -> Schema {
-                json_schema!($schema)
+                // The title tells `structure` which of the FORMATS this is.
+                let mut schema = json_schema!($schema);
+                schema.insert("title".into(), $name.into());
+                schema
             }
         }
     };
