@@ -30,9 +30,7 @@ enum Command {
 Examples:
   gateway keys create --name alice
   gateway keys create --name search-prod --team search --models fast,embed
-  gateway keys create --name alice --quiet 2>> gateway.yaml | pass insert -e alice
-
-stdout has the key alone; the line for the file and the remarks go to stderr.")]
+  gateway keys create --name alice --json | jq -r .key")]
 struct Create {
     /// Unique name of the key, seen in logs and in the ledger
     #[arg(long, value_parser = parse_name)]
@@ -43,9 +41,9 @@ struct Create {
     /// Models that the key may use, separated by commas; all if absent
     #[arg(long, value_delimiter = ',', value_parser = NonEmptyStringValueParser::new())]
     models: Vec<String>,
-    /// Only the key and the line, no remarks
-    #[arg(long, short)]
-    quiet: bool,
+    /// Print one JSON object with name, key, sha256 and line, for scripts
+    #[arg(long)]
+    json: bool,
 }
 
 /// A name that the configuration would take.
@@ -69,11 +67,18 @@ pub fn run(args: &Args) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    println!("{key}");
-    if !create.quiet {
-        eprintln!("\nthis is the only time that the key is shown; add this line under `keys:`\n");
+    let line = config_line(create, &key);
+    if create.json {
+        let sha256 = sha256_hex(&key_hash(&key));
+        println!(
+            "{}",
+            serde_json::json!({ "name": create.name, "key": key, "sha256": sha256, "line": line })
+        );
+    } else {
+        println!(
+            "{key}\n\nThe key is shown only this once. Add this line under `keys:`, then `gateway reload`:\n\n  {line}"
+        );
     }
-    eprintln!("  {}", config_line(create, &key));
     ExitCode::SUCCESS
 }
 
@@ -122,7 +127,7 @@ mod tests {
             name: name.into(),
             team: team.map(Into::into),
             models: models.iter().map(|model| (*model).into()).collect(),
-            quiet: false,
+            json: false,
         }
     }
 

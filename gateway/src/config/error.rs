@@ -68,12 +68,13 @@ pub(super) fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> 
     match known.len() {
         0 => "; there is none".into(),
         // A longer list hides the message; the schema has it.
-        1..=12 => format!("; known: {}", known.join(", ")),
+        1..=16 => format!("; known: {}", known.join(", ")),
         _ => String::new(),
     }
 }
 
-fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+/// The known word that `word` was probably meant to be.
+pub(super) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     // The distance costs the product of both lengths, and a wrong word is foreign input.
     if word.len() > crate::bounds::NAME_BYTES_MAX {
         return None;

@@ -13,6 +13,8 @@ mod load;
 pub mod schema;
 mod secrets;
 mod structure;
+#[cfg(test)]
+mod tests;
 pub mod tls;
 mod tree;
 pub mod units;

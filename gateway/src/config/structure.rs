@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use serde_json::{Map, Value};
 
 use super::{
-    error::{Pos, hint, quote},
+    error::{Pos, hint, nearest, quote},
     load::Report,
     schema::Config,
     tree::{Entry, Kind, NODES_MAX, NodeId, Path, Tree},
@@ -81,7 +81,9 @@ impl Walk<'_, '_> {
             Kind::Map(_) => allows(schema, "object"),
             Kind::List(_) => allows(schema, "array"),
             Kind::Scalar { .. } if is_null(kind) => allows(schema, "null"),
-            Kind::Scalar { .. } => !allows(schema, "object") && !allows(schema, "array"),
+            Kind::Scalar { .. } => !["object", "array", "null"]
+                .iter()
+                .any(|form| allows(schema, form)),
         };
         let resolved = || {
             // An optional one of several forms is an alternative within an alternative.
@@ -103,6 +105,7 @@ impl Walk<'_, '_> {
         let entries = self.tree.fields(id);
         self.duplicates(id, path);
         let properties = schema.get("properties").and_then(Value::as_object);
+        let mut misspelt = Vec::new();
         for entry in &entries {
             let known = properties.and_then(|properties| properties.get(&entry.name));
             match (known, schema.get("additionalProperties")) {
@@ -110,12 +113,13 @@ impl Walk<'_, '_> {
                 (None, Some(schema @ Value::Object(_))) => {
                     self.value(entry.value, schema, &path.name(&entry.name));
                 }
-                (None, _) => self.unknown(entry, properties, path),
+                (None, _) => misspelt.extend(self.unknown(entry, properties, path)),
             }
         }
         let required = schema.get("required").and_then(Value::as_array);
         for name in required.into_iter().flatten().filter_map(Value::as_str) {
-            if !entries.iter().any(|entry| entry.name == name) {
+            // A field that is there under a wrong name is not missing as well.
+            if !misspelt.contains(&name) && !entries.iter().any(|entry| entry.name == name) {
                 let pos = self.tree.node(id).pos;
                 self.report.error_at(pos, path, format!("missing field `{name}`"));
             }
@@ -138,14 +142,22 @@ impl Walk<'_, '_> {
         }
     }
 
-    fn unknown(&mut self, entry: &Entry, properties: Option<&'static Map<String, Value>>, path: &Path) {
+    /// Reports a field that the schema does not know, and returns the one that was meant.
+    fn unknown(
+        &mut self,
+        entry: &Entry,
+        properties: Option<&'static Map<String, Value>>,
+        path: &Path,
+    ) -> Option<&'static str> {
         let known = properties.into_iter().flat_map(|properties| properties.keys());
+        let known: Vec<&'static str> = known.map(String::as_str).collect();
         let message = format!(
             "unknown field {}{}",
             quote(&entry.name),
-            hint(&entry.name, known.map(String::as_str))
+            hint(&entry.name, known.iter().copied())
         );
         self.report.error_at(entry.pos, path, message);
+        nearest(&entry.name, &known)
     }
 }
 
