@@ -52,6 +52,8 @@ const LEDGER_KEEP: Bytes = Bytes(1 << 30);
 
 /// More threads than any host that this was tried on has CPUs; each has its own ring and pools.
 pub const THREADS_MAX: usize = 256;
+/// Listeners: each core has a socket for each.
+pub const LISTENERS_MAX: usize = 64;
 /// Endpoints of one provider: each core has a pool to each.
 pub const ENDPOINTS_MAX: usize = 1024;
 /// Targets of one model: a choice looks at all of them.

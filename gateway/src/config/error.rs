@@ -61,7 +61,7 @@ const SIMILARITY_MIN: f64 = 0.6;
 
 /// `; did you mean …?` with the known word nearest to `word`, or the known words if none is near.
 pub(super) fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    let known: Vec<&str> = known.into_iter().collect();
+    let known: Vec<&str> = known.into_iter().filter(|known| !known.is_empty()).collect();
     if let Some(nearest) = nearest(word, &known) {
         return format!("; did you mean `{nearest}`?");
     }

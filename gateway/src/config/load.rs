@@ -103,6 +103,7 @@ pub fn parse(text: &str, source_name: &str, base_dir: &FilePath, env: Env<'_>) -
     validate::check(&config, &mut report);
     match report.problems.is_empty() {
         true => {
+            report.warnings.sort_by_key(|warning| warning.pos);
             config.warnings = report.warnings;
             Ok(config)
         }

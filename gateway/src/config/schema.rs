@@ -20,8 +20,8 @@ use crate::bounds::NAME_BYTES_MAX;
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Where clients connect; at least one.
-    #[schemars(length(min = 1))]
+    /// Where clients connect; at least one, at most 64.
+    #[schemars(length(min = 1, max = LISTENERS_MAX))]
     pub listeners: Vec<Listener>,
     /// The operator's door: metrics, status, usage, reload.
     #[serde(default)]

@@ -64,8 +64,7 @@ impl Walk<'_, '_> {
                 }
             }
             other => {
-                let message = format!("expected {}, found {}", expected(schema), found(other));
-                self.report.error_at(node.pos, path, message);
+                self.report.error_at(node.pos, path, unexpected(other, schema));
             }
         }
     }
@@ -199,6 +198,17 @@ fn expected(schema: &Value) -> &'static str {
     form.map_or("a text", |(_, form)| form)
 }
 
+fn unexpected(kind: &Kind, schema: &Value) -> String {
+    let (expected, found) = (expected(schema), found(kind));
+    // All of a section's entries may be commented out.
+    let advice = match (is_null(kind), expected) {
+        (true, "a list") => "; write [] or leave the field out",
+        (true, "a map") => "; write {} or leave the field out",
+        _ => "",
+    };
+    format!("expected {expected}, found {found}{advice}")
+}
+
 fn found(kind: &Kind) -> &'static str {
     match kind {
         Kind::Map(_) => "a map",
@@ -222,7 +232,7 @@ fn scalar(text: &str, plain: bool, schema: &'static Value) -> Result<(), String>
         };
     }
     if is_null(&kind) || allows(schema, "object") || allows(schema, "array") {
-        return Err(format!("expected {}, found {}", expected(schema), found(&kind)));
+        return Err(unexpected(&kind, schema));
     }
     if allows(schema, "boolean") {
         return match plain && matches!(text, "true" | "false") {

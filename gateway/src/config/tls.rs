@@ -75,3 +75,74 @@ fn read(path: &Path) -> Result<Vec<u8>, String> {
 fn lower(error: &dyn std::fmt::Display) -> String {
     super::error::plain_words(&error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+
+    struct Files {
+        dir: tempfile::TempDir,
+    }
+
+    impl Files {
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join(name)
+        }
+
+        fn pair(&self, certificate: &str, key: &str) -> Result<CertifiedKey, String> {
+            certified_key(&Certificate {
+                certificate: self.path(certificate),
+                key: self.path(key),
+            })
+        }
+    }
+
+    fn files() -> Files {
+        let files = Files {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        for name in ["a", "b"] {
+            let made = rcgen::generate_simple_self_signed([format!("{name}.test")]).unwrap();
+            fs::write(files.path(&format!("{name}.pem")), made.cert.pem()).unwrap();
+            fs::write(
+                files.path(&format!("{name}.key")),
+                made.signing_key.serialize_pem(),
+            )
+            .unwrap();
+        }
+        fs::write(files.path("empty"), "").unwrap();
+        fs::write(
+            files.path("broken"),
+            "-----BEGIN CERTIFICATE-----\n!!\n-----END CERTIFICATE-----\n",
+        )
+        .unwrap();
+        files
+    }
+
+    #[test]
+    fn a_certificate_needs_its_own_key() {
+        let files = files();
+        assert_eq!(files.pair("a.pem", "a.key").unwrap().cert.len(), 1);
+        for (certificate, key, part) in [
+            ("a.pem", "b.key", "does not belong to the certificate"),
+            ("a.key", "a.key", "a.key holds no certificate"),
+            ("a.pem", "b.pem", "b.pem holds no private key"),
+            ("empty", "a.key", "empty holds no certificate"),
+            ("broken", "a.key", "broken is no PEM file"),
+            ("absent", "a.key", "cannot read"),
+            (".", "a.key", "is not a file"),
+        ] {
+            let error = files.pair(certificate, key).map(drop).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn authorities_are_read() {
+        let files = files();
+        assert_eq!(authorities(&files.path("a.pem")).unwrap().len(), 1);
+        assert!(authorities(&files.path("a.key")).is_err());
+    }
+}

@@ -3,12 +3,19 @@
 use std::net::SocketAddr;
 
 use super::{DAY, HOUR, MILLISECOND, MINUTE, SECOND, hint, quote, root, span};
-use crate::config::{Config, load::Report, schema::Listener, tls, tree::Path, units::Bytes};
+use crate::config::{
+    Config, defaults::LISTENERS_MAX, load::Report, schema::Listener, tls, tree::Path, units::Bytes,
+};
 
 pub(super) fn listeners(config: &Config, report: &mut Report<'_>) {
     let path = root("listeners");
     if config.listeners.is_empty() {
         report.error(&path, "at least one listener is needed");
+    }
+    if config.listeners.len() > LISTENERS_MAX {
+        let count = config.listeners.len();
+        report.error(&path, format!("{count} listeners; the most is {LISTENERS_MAX}"));
+        return;
     }
     for (index, listener) in config.listeners.iter().enumerate() {
         let path = path.index(index);
