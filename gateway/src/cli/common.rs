@@ -17,3 +17,24 @@ pub struct ConfigArg {
 
 /// Exit code of a configuration that is wrong, and of a wrong command line (clap's own).
 pub const EXIT_USAGE: u8 = 2;
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, Command};
+
+    use crate::cli::{check, keys, schema};
+
+    #[test]
+    fn the_command_lines_are_sound() {
+        for command in [
+            check::Args::augment_args(Command::new("check")),
+            schema::Args::augment_args(Command::new("schema")),
+            keys::Args::augment_args(Command::new("keys")),
+        ] {
+            let mut command = command;
+            command.build();
+            command.clone().debug_assert();
+            assert!(command.get_about().is_some());
+        }
+    }
+}

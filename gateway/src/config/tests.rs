@@ -426,10 +426,18 @@ fn bombs_are_refused_quickly() {
     let inside = format!("listeners: [{{ address: 127.0.0.1:80 }}]\n{laughs}models: *a24\n");
     let merged = format!("{merges}http: {{ <<: *a24 }}\nlisteners: *a24\n");
     let wide = format!("listeners: [{}]\n", "{address: 127.0.0.1:80}, ".repeat(30_000));
+    // In the form of the schema, so that only the bound on aliases stops it.
+    let repeated = format!(
+        "listeners: [{{ address: 127.0.0.1:80 }}]\nproviders: {{ p: {{ kind: openai }} }}\n\
+         models:\n  - &m {{ name: m, targets: [{}] }}\n{}",
+        "{ provider: p }, ".repeat(500),
+        "  - *m\n".repeat(500),
+    );
     let started = Instant::now();
     for (what, text) in [
         ("laughs", inside),
         ("merges", merged),
+        ("repeated", repeated),
         ("wide", wide),
         ("deep lists", "[".repeat(1_000_000)),
         ("deep maps", "{a: ".repeat(1_000_000)),
@@ -446,14 +454,41 @@ fn bombs_are_refused_quickly() {
         ("itself", "models: &a [*a]".to_owned()),
     ] {
         let errors = parse_text(&text).map(drop).expect_err(what).to_string();
-        println!(
-            "{what}: {:?} {}",
-            started.elapsed(),
-            errors.lines().next().unwrap()
-        );
+        if what == "repeated" {
+            assert!(errors.contains("alias"), "{errors}");
+        }
         assert!(errors.len() < 50_000, "{what}: {} bytes of errors", errors.len());
     }
     assert!(started.elapsed().as_secs() < QUICKLY_S, "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_readable_file_with_secrets_is_warned_of() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("g.yaml");
+    std::fs::write(
+        &path,
+        GOOD.replacen("kind: openai", "kind: openai\n    key: hunter2", 1),
+    )
+    .unwrap();
+    for (mode, warnings) in [(0o600, 1), (0o640, 1), (0o644, 2)] {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let config = load(&path).unwrap();
+        assert_eq!(config.warnings.len(), warnings, "{mode:o}: {:?}", config.warnings);
+    }
+    let absent = load(&dir.path().join("absent.yaml")).unwrap_err().to_string();
+    assert!(
+        absent.ends_with("absent.yaml: cannot read: No such file or directory (os error 2)"),
+        "{absent}"
+    );
+    std::fs::write(&path, [0xff]).unwrap();
+    assert!(
+        load(&path)
+            .unwrap_err()
+            .to_string()
+            .ends_with("g.yaml: not UTF-8 text")
+    );
 }
 
 #[test]
