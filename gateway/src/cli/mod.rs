@@ -1,1 +1,6 @@
 //! One file a command.
+
+pub mod check;
+pub mod common;
+pub mod keys;
+pub mod schema;

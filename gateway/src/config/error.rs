@@ -61,19 +61,20 @@ const SIMILARITY_MIN: f64 = 0.6;
 
 /// `; did you mean …?` with the known word nearest to `word`, or the known words if none is near.
 pub(super) fn hint<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> String {
-    let known: Vec<&str> = known.into_iter().collect();
+    let known: Vec<&str> = known.into_iter().filter(|known| !known.is_empty()).collect();
     if let Some(nearest) = nearest(word, &known) {
         return format!("; did you mean `{nearest}`?");
     }
     match known.len() {
         0 => "; there is none".into(),
         // A longer list hides the message; the schema has it.
-        1..=12 => format!("; known: {}", known.join(", ")),
+        1..=16 => format!("; known: {}", known.join(", ")),
         _ => String::new(),
     }
 }
 
-fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
+/// The known word that `word` was probably meant to be.
+pub(super) fn nearest<'a>(word: &str, known: &[&'a str]) -> Option<&'a str> {
     // The distance costs the product of both lengths, and a wrong word is foreign input.
     if word.len() > crate::bounds::NAME_BYTES_MAX {
         return None;
@@ -96,4 +97,15 @@ pub(super) fn quote(text: &str) -> String {
         short.push('…');
     }
     format!("`{}`", short.escape_debug())
+}
+
+/// Another library's message in our form: lower case, one line, no full stop.
+pub(super) fn plain_words(message: &str) -> String {
+    let message = message.trim().trim_end_matches('.').replace(['\n', '\r'], " ");
+    let mut chars = message.chars();
+    match (chars.next(), chars.clone().next()) {
+        // An abbreviation such as YAML keeps its capitals.
+        (Some(first), Some(second)) if !second.is_uppercase() => first.to_lowercase().chain(chars).collect(),
+        _ => message,
+    }
 }

@@ -5,10 +5,12 @@ use std::{fs::File, io::Read as _, os::unix::fs::PermissionsExt as _, path::Path
 use serde_saphyr::{DefaultMessageFormatter, MessageFormatter as _};
 
 use super::{
-    error::{Errors, Pos, Problem},
+    error::{Errors, Pos, Problem, plain_words},
     schema::Config,
     secrets::{self, Sources},
+    structure,
     tree::{DEPTH_MAX, NODES_MAX, Path, Tree},
+    validate,
 };
 
 /// Largest configuration file, bytes: about 100,000 keys.
@@ -96,9 +98,12 @@ pub fn parse(text: &str, source_name: &str, base_dir: &FilePath, env: Env<'_>) -
     let Some(mut config) = deserialize(text, &mut report) else {
         return Err(report.into_errors());
     };
+    config.join_paths(base_dir);
     resolve_secrets(&mut config, base_dir, env, &mut report);
+    validate::check(&config, &mut report);
     match report.problems.is_empty() {
         true => {
+            report.warnings.sort_by_key(|warning| warning.pos);
             config.warnings = report.warnings;
             Ok(config)
         }
@@ -131,6 +136,11 @@ impl<'a> Report<'a> {
             path: path.to_string(),
             message,
         }
+    }
+
+    /// Whether the file itself has a value at `path`, so that it is not a default.
+    pub fn is_written(&self, path: &Path) -> bool {
+        self.tree.has(path)
     }
 
     /// Reports the value at `path` as wrong.
@@ -180,8 +190,12 @@ fn deserialize(text: &str, report: &mut Report<'_>) -> Option<Config> {
         strict_booleans: true,
         with_snippet: false,
     };
-    let error = match serde_saphyr::from_str_with_options::<Config>(text, options) {
+    let made = serde_saphyr::from_str_with_options::<Config>(text, options);
+    structure::check(report.tree, report);
+    let error = match made {
         Ok(config) => return Some(config),
+        // The walk has found this error too, and says more about it.
+        Err(_) if !report.problems.is_empty() => return None,
         Err(error) => error,
     };
     let message = plain_words(&DefaultMessageFormatter.format_message(&error));
@@ -195,17 +209,6 @@ fn deserialize(text: &str, report: &mut Report<'_>) -> Option<Config> {
     let path = report.tree.path_at(pos).unwrap_or_default();
     report.error_at(pos, &path, message);
     None
-}
-
-/// Another library's message in our form: lower case, one line, no full stop.
-fn plain_words(message: &str) -> String {
-    let message = message.trim().trim_end_matches('.').replace(['\n', '\r'], " ");
-    let mut chars = message.chars();
-    match (chars.next(), chars.clone().next()) {
-        // An abbreviation such as YAML keeps its capitals.
-        (Some(first), Some(second)) if !second.is_uppercase() => first.to_lowercase().chain(chars).collect(),
-        _ => message,
-    }
 }
 
 fn resolve_secrets(config: &mut Config, base_dir: &FilePath, env: Env<'_>, report: &mut Report<'_>) {
@@ -234,4 +237,29 @@ fn resolve_secrets(config: &mut Config, base_dir: &FilePath, env: Env<'_>, repor
         }
     }
     config.literal_secrets = literal_secrets;
+}
+
+impl Config {
+    /// Makes paths that are relative begin at the configuration's directory.
+    fn join_paths(&mut self, base_dir: &FilePath) {
+        let tls = self
+            .listeners
+            .iter_mut()
+            .filter_map(|listener| listener.tls.as_mut());
+        for files in tls.flat_map(|tls| tls.certificates_mut()) {
+            files.certificate = base_dir.join(&files.certificate);
+            files.key = base_dir.join(&files.key);
+        }
+        for ca in self
+            .providers
+            .values_mut()
+            .filter_map(|provider| provider.ca.as_mut())
+        {
+            *ca = base_dir.join(&ca);
+        }
+        self.ledger.path = base_dir.join(&self.ledger.path);
+        if validate::is_file_of_access_log(&self.log.access) {
+            self.log.access = base_dir.join(&self.log.access).display().to_string();
+        }
+    }
 }

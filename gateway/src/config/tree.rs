@@ -15,6 +15,12 @@ pub(super) const DEPTH_MAX: usize = 32;
 /// Most values (scalars, lists, maps and aliases) in the file: about 100,000 keys.
 pub(super) const NODES_MAX: usize = 1_000_000;
 
+/// Most maps that one map merges, those of its merged maps included.
+const MERGES_MAX: usize = 64;
+
+/// The merge key of YAML 1.1 (yaml.org/type/merge.html), which people use for shared settings.
+const MERGE: &str = "<<";
+
 /// Index of a node in its [`Tree`].
 pub(super) type NodeId = usize;
 
@@ -157,56 +163,54 @@ impl Tree {
         self.nodes[id].pos
     }
 
-    /// Where the name of the field at `path` stands; like [`Tree::locate`] for elements of a list.
-    pub fn locate_name(&self, path: &Path) -> Pos {
-        let Some((Step::Name(last), parents)) = path.0.split_last() else {
-            return self.locate(path);
-        };
+    /// Whether the file has a value at `path`, so that it is not a default.
+    pub fn has(&self, path: &Path) -> bool {
         let mut id = self.root;
-        for step in parents {
-            match self.child(id, step) {
-                Some(child) => id = child,
-                None => return self.nodes[id].pos,
-            }
-        }
-        match &self.nodes[id].kind {
-            Kind::Map(entries) => entries.iter().find(|entry| entry.name == *last),
-            _ => None,
-        }
-        .map_or(self.nodes[id].pos, |entry| entry.pos)
+        path.0.iter().all(|step| {
+            let child = self.child(id, step);
+            id = child.unwrap_or(id);
+            child.is_some()
+        })
     }
 
     fn child(&self, id: NodeId, step: &Step) -> Option<NodeId> {
         match (&self.nodes[id].kind, step) {
             (Kind::List(items), Step::Index(index)) => items.get(*index).copied(),
-            (Kind::Map(entries), Step::Name(name)) => self.field(entries, name),
+            (Kind::Map(_), Step::Name(name)) => {
+                let fields = self.fields(id);
+                fields
+                    .iter()
+                    .find(|entry| entry.name == *name)
+                    .map(|entry| entry.value)
+            }
             _ => None,
         }
     }
 
-    /// The value of a field, also of one that comes in by a merge key (`<<: *defaults`).
-    fn field(&self, entries: &[Entry], name: &str) -> Option<NodeId> {
-        if let Some(entry) = entries.iter().find(|entry| entry.name == name) {
-            return Some(entry.value);
-        }
-        let merged = entries
-            .iter()
-            .filter(|entry| entry.name == "<<")
-            .map(|entry| entry.value);
-        let mut maps: Vec<NodeId> = merged.collect();
-        // Merged maps may merge others; each step goes to an earlier node, so this ends.
-        for _ in 0..DEPTH_MAX {
-            let id = maps.pop()?;
+    /// The fields of a map, also those that come in by merge keys (`<<: *defaults`), which its own
+    /// fields override.
+    pub fn fields(&self, id: NodeId) -> Vec<&Entry> {
+        let mut fields: Vec<&Entry> = Vec::new();
+        let mut maps = vec![id];
+        // A merged map can merge others; a bomb of them is cut here and refused by serde's budget.
+        for _ in 0..MERGES_MAX {
+            let Some(id) = maps.pop() else { break };
             match &self.nodes[id].kind {
-                Kind::List(items) => maps.extend(items),
-                Kind::Map(entries) => match entries.iter().find(|entry| entry.name == name) {
-                    Some(entry) => return Some(entry.value),
-                    None => maps.extend(entries.iter().filter(|e| e.name == "<<").map(|e| e.value)),
-                },
+                // The first of several merged maps comes before the others.
+                Kind::List(items) => maps.extend(items.iter().rev()),
+                Kind::Map(entries) => {
+                    let (merges, own): (Vec<&Entry>, Vec<&Entry>) =
+                        entries.iter().partition(|entry| entry.name == MERGE);
+                    let known = fields.len();
+                    let new = |entry: &&Entry| !fields[..known].iter().any(|field| field.name == entry.name);
+                    let new: Vec<&Entry> = own.into_iter().filter(new).collect();
+                    fields.extend(new);
+                    maps.extend(merges.iter().map(|entry| entry.value));
+                }
                 Kind::Scalar { .. } => {}
             }
         }
-        None
+        fields
     }
 
     /// The path of the deepest value (or field name) that stands exactly at `pos`.
