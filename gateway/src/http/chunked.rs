@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use thiserror::Error;
 
+use super::head::is_token;
 use crate::bounds::{CHUNK_LINE_BYTES_MAX, TRAILER_BYTES_MAX};
 
 /// Most hexadecimal digits of a chunk size: 64 bits.
@@ -215,7 +216,7 @@ impl ChunkedDecoder {
             (_, b'\n') => Err(ChunkError::LineEnd),
             (State::TrailerName, b':') => Ok(State::TrailerValue),
             (State::TrailerValue, b'\t' | b' '..=b'~' | 0x80..) => Ok(State::TrailerValue),
-            (State::TrailerStart | State::TrailerName, _) if is_name_byte(byte) => Ok(State::TrailerName),
+            (State::TrailerStart | State::TrailerName, _) if is_token(byte) => Ok(State::TrailerName),
             _ => Err(ChunkError::Trailer),
         }
     }
@@ -227,11 +228,6 @@ fn expect(byte: u8, wanted: u8) -> Result<(), ChunkError> {
     } else {
         Err(ChunkError::LineEnd)
     }
-}
-
-/// Token characters (RFC 9110, section 5.6.2).
-fn is_name_byte(byte: u8) -> bool {
-    byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte)
 }
 
 /// Writes the line that goes in front of a chunk of `len` bytes to the end of `out` and returns it.

@@ -56,6 +56,6 @@ const TOKEN: [bool; 256] = {
 
 /// Whether `byte` is a token character.
 #[inline]
-pub(super) fn is_token(byte: u8) -> bool {
+pub(in crate::http) fn is_token(byte: u8) -> bool {
     TOKEN[byte as usize]
 }
