@@ -6,7 +6,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_HDR_START_NET, sk_action::{SK_DROP, SK_PASS}, sk_reuseport_md},
+    bindings::{bpf_hdr_start_off::BPF_HDR_START_NET, sk_action::{SK_DROP, SK_PASS}, sk_reuseport_md},
     helpers::{
         bpf_get_smp_processor_id, bpf_ktime_get_ns,
         generated::{bpf_get_socket_cookie, bpf_skb_load_bytes_relative},
