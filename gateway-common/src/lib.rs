@@ -18,7 +18,7 @@ pub const CORES_MAX: u32 = 256;
 /// Listener groups (one per configured address) of one process.
 pub const GROUPS_MAX: u32 = 16;
 
-/// CPUs that the steering map knows. A connection that arrives on a CPU above it is left to the kernel's hash.
+/// CPUs that the steering map knows. What arrives on a CPU above it is spread over the cores by its hash.
 pub const CPUS_MAX: u32 = 1024;
 
 /// Clients that can be blocked at the same time; about 7 MiB of kernel memory. The least recently hit goes first.

@@ -50,9 +50,9 @@ pub struct Totals {
     pub dropped: u64,
     /// Attempts of blocked clients that were let in because the mode is observe.
     pub would_drop: u64,
-    /// Attempts given to the core of the CPU that took the packet.
+    /// Attempts given to the core of the CPU that took the packet, or spread by hash when that CPU has none.
     pub steered_own: u64,
-    /// Attempts given to the least loaded core, because the own one was overloaded or the CPU has none.
+    /// Attempts given to the least loaded core, because that one was overloaded.
     pub steered_away: u64,
     /// Attempts left to the kernel's hash: steering is off, or the chosen core has no socket in the group.
     pub fallback: u64,

@@ -40,7 +40,10 @@ fn opened(ctx: &SockOpsContext) {
         return;
     };
     // Without this flag the kernel does not report the end; other programs' flags are kept.
-    if ctx.set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG as u32) as i32).is_err() {
+    if ctx
+        .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG as u32) as i32)
+        .is_err()
+    {
         return;
     }
     count!(opened);
@@ -78,7 +81,12 @@ fn state_changed(ctx: &SockOpsContext) {
     };
     let (bytes_in, bytes_out) = payload(ctx.ops, state);
     // SAFETY: reads of a context field, aligned, as the verifier demands.
-    let (retransmits, srtt_us) = unsafe { (u64::from((*ctx.ops).total_retrans), u64::from((*ctx.ops).srtt_us >> 3)) };
+    let (retransmits, srtt_us) = unsafe {
+        (
+            u64::from((*ctx.ops).total_retrans),
+            u64::from((*ctx.ops).srtt_us >> 3),
+        )
+    };
     count!(closed);
     count!(bytes_in, bytes_in);
     count!(bytes_out, bytes_out);
@@ -105,12 +113,21 @@ fn state_changed(ctx: &SockOpsContext) {
 #[inline(always)]
 fn payload(ops: *mut bpf_sock_ops, state: u32) -> (u64, u64) {
     // SAFETY: reads of context fields, each in its own size, as the verifier demands.
-    let (received, acked, una, next) =
-        unsafe { ((*ops).bytes_received, (*ops).bytes_acked, (*ops).snd_una, (*ops).snd_nxt) };
+    let (received, acked, una, next) = unsafe {
+        (
+            (*ops).bytes_received,
+            (*ops).bytes_acked,
+            (*ops).snd_una,
+            (*ops).snd_nxt,
+        )
+    };
     let fin_in = matches!(state, BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING);
     let fin_sent = matches!(state, BPF_TCP_FIN_WAIT2 | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING);
     let fin_acked = fin_sent && una == next;
-    (received.saturating_sub(u64::from(fin_in)), acked.saturating_sub(u64::from(fin_acked)))
+    (
+        received.saturating_sub(u64::from(fin_in)),
+        acked.saturating_sub(u64::from(fin_acked)),
+    )
 }
 
 /// True when the connection came in on one of the gateway's ports.

@@ -6,7 +6,11 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_HDR_START_NET, sk_action::{SK_DROP, SK_PASS}, sk_reuseport_md},
+    bindings::{
+        bpf_hdr_start_off::BPF_HDR_START_NET,
+        sk_action::{SK_DROP, SK_PASS},
+        sk_reuseport_md,
+    },
     helpers::{
         bpf_get_smp_processor_id, bpf_ktime_get_ns,
         generated::{bpf_get_socket_cookie, bpf_skb_load_bytes_relative},
@@ -78,7 +82,13 @@ fn load<const N: usize>(ctx: &SkReuseportContext, offset: u32) -> Option<[u8; N]
     let mut bytes = [0u8; N];
     // SAFETY: the helper writes at most N bytes to a buffer of N bytes.
     let failed = unsafe {
-        bpf_skb_load_bytes_relative(ctx.as_ptr(), offset, bytes.as_mut_ptr().cast(), N as u32, BPF_HDR_START_NET)
+        bpf_skb_load_bytes_relative(
+            ctx.as_ptr(),
+            offset,
+            bytes.as_mut_ptr().cast(),
+            N as u32,
+            BPF_HDR_START_NET,
+        )
     };
     (failed == 0).then_some(bytes)
 }
@@ -132,7 +142,10 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *const Block, now_n
     *logged_ns = now_ns;
     match client.as_v4() {
         Some(v4) => info!(ctx, "refused connections of blocked client {:i}: {}", v4, dropped),
-        None => info!(ctx, "refused connections of blocked client {:i}/64: {}", client.0, dropped),
+        None => info!(
+            ctx,
+            "refused connections of blocked client {:i}/64: {}", client.0, dropped
+        ),
     }
 }
 
@@ -146,7 +159,7 @@ fn steer(ctx: &SkReuseportContext, settings: &Settings, attempt: bool) {
         }
         return;
     }
-    let (core, own) = choose(settings);
+    let (core, own) = choose(ctx, settings);
     if !select(ctx, core) {
         if attempt {
             count!(fallback);
@@ -168,13 +181,14 @@ fn steer(ctx: &SkReuseportContext, settings: &Settings, attempt: bool) {
     }
 }
 
-/// The core, and whether it is the CPU's own one.
+/// The core, and whether it is the one the packet came to. A CPU without a core (one that the gateway may not run on) spreads
+/// its packets over the cores by their hash.
 #[inline(always)]
-fn choose(settings: &Settings) -> (u32, bool) {
+fn choose(ctx: &SkReuseportContext, settings: &Settings) -> (u32, bool) {
     let cpu = unsafe { bpf_get_smp_processor_id() };
     let core = match CPU_CORES.get(cpu) {
         Some(core) if *core < settings.cores => *core,
-        _ => return (settings.least_core, false),
+        _ => ctx.hash() % settings.cores,
     };
     match (LOADS.get(core), LOADS.get(settings.least_core)) {
         (Some(own), Some(least)) if overloaded(*own, *least) => (settings.least_core, false),

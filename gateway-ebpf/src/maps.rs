@@ -1,6 +1,6 @@
 //! The maps, and how counters in them are raised. Names and bounds: `gateway_common`.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
     btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, ReusePortSockArray},
@@ -44,12 +44,11 @@ pub static PORTS: HashMap<u32, u32, { PORTS_MAX as usize }> = HashMap::new();
 ///
 /// Atomic also for per-CPU values: `sock_ops` may run in a process's context and be interrupted by a packet's. Relaxed
 /// and with its result unused, it becomes the plain atomic add that the JITs of 5.15 know (arm64 has no fetching
-/// form before 5.18).
+/// form before 5.18). An intrinsic because `AtomicU64::fetch_add` is not offered on this target, which has no compare-and-swap.
 #[inline(always)]
 pub fn add(counter: *mut u64, count: u64) {
     // SAFETY: callers pass a pointer to an aligned field of a live map value, which the verifier checks again.
-    let counter = unsafe { AtomicU64::from_ptr(counter) };
-    counter.fetch_add(count, Ordering::Relaxed);
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, count) };
 }
 
 /// Raises one field of this CPU's [`Totals`].
