@@ -24,7 +24,9 @@ const BURST: u64 = 10_000;
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let temporary = tempfile::tempdir()?;
-    let path = arguments.next().map_or_else(|| temporary.path().join("ledger"), PathBuf::from);
+    let path = arguments
+        .next()
+        .map_or_else(|| temporary.path().join("ledger"), PathBuf::from);
     let records: u64 = arguments.next().map_or(Ok(1_000_000), |text| text.parse())?;
     let config = schema::Ledger {
         path,
@@ -58,8 +60,14 @@ fn main() -> anyhow::Result<()> {
     let per_record = |time: Duration| time.as_nanos() as f64 / records as f64;
     println!("records              {records}");
     println!("append, wall         {:8.1} ns a record", per_record(appending));
-    println!("slowest burst        {:8.1} ns a record", slowest.as_nanos() as f64 / BURST as f64);
-    println!("whole process, CPU   {:8.1} ns a record (append, fold, zero-fill, sync)", per_record(cpu));
+    println!(
+        "slowest burst        {:8.1} ns a record",
+        slowest.as_nanos() as f64 / BURST as f64
+    );
+    println!(
+        "whole process, CPU   {:8.1} ns a record (append, fold, zero-fill, sync)",
+        per_record(cpu)
+    );
     println!("status               {:?}", ledger.status());
     Ok(())
 }

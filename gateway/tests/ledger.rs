@@ -3,13 +3,23 @@
 use std::{path::Path, sync::Arc};
 
 use gateway::{
-    config::{schema, units::{Bytes, Span}},
+    config::{
+        schema,
+        units::{Bytes, Span},
+    },
     dialect::{Api, Usage},
-    ledger::{Ledger, record::{Flags, Outcome, Record, RequestId}},
+    ledger::{
+        Ledger,
+        record::{Flags, Outcome, Record, RequestId},
+    },
 };
 
 fn config(path: &Path) -> schema::Ledger {
-    schema::Ledger { path: path.into(), sync: Span(std::time::Duration::from_millis(5)), keep: Bytes(1 << 30) }
+    schema::Ledger {
+        path: path.into(),
+        sync: Span(std::time::Duration::from_millis(5)),
+        keep: Bytes(1 << 30),
+    }
 }
 
 fn record(number: u64) -> Record {
@@ -27,7 +37,12 @@ fn record(number: u64) -> Record {
         outcome: Outcome::Complete,
         flags: Flags::STREAM,
         status: 200,
-        usage: Usage { prompt: 10, cached: 4, completion: 20, reasoning: 5 },
+        usage: Usage {
+            prompt: 10,
+            cached: 4,
+            completion: 20,
+            reasoning: 5,
+        },
         ttft_us: 1000,
         duration_us: 2000,
         bytes_in: 100,
@@ -45,7 +60,16 @@ fn what_is_appended_is_summed_once_over_restarts() {
         }
         ledger.flush().unwrap();
         let status = ledger.status();
-        assert_eq!((status.records, status.folded, status.replayed, status.unsynced_bytes), (1000, 1000, 0, 0), "round {round}");
+        assert_eq!(
+            (
+                status.records,
+                status.folded,
+                status.replayed,
+                status.unsynced_bytes
+            ),
+            (1000, 1000, 0, 0),
+            "round {round}"
+        );
         let totals = ledger.totals();
         assert_eq!(totals.len(), 1);
         assert_eq!(totals[0].2.prompt_tokens, 10_000);

@@ -46,7 +46,10 @@ impl Archive {
     /// sequence numbers whatever the clock did, as [`Store::remove`] wants it.
     pub fn trim(&mut self, keep: u64, store: &mut Store) -> anyhow::Result<()> {
         while self.bytes > keep {
-            let fronts = self.by_core.iter().filter_map(|(core, kept)| Some((*core, kept.front()?)));
+            let fronts = self
+                .by_core
+                .iter()
+                .filter_map(|(core, kept)| Some((*core, kept.front()?)));
             let Some((core, oldest)) = fronts.min_by_key(|(_, kept)| kept.created_unix_ms) else {
                 return Ok(());
             };

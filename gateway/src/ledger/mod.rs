@@ -13,9 +13,9 @@
 
 mod archive;
 mod journal;
-mod replay;
 pub mod read;
 pub mod record;
+mod replay;
 mod segment;
 mod store;
 pub mod totals;
@@ -122,7 +122,12 @@ impl Ledger {
 
     /// The ledger's state; what is not a number of records is up to one turn of its thread old.
     pub fn status(&self) -> LedgerStatus {
-        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut status = self
+            .public
+            .status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         for journal in &self.public.journals {
             status.records += journal.appended.load(Ordering::Relaxed);
             status.refused += journal.refused.load(Ordering::Relaxed);
@@ -136,7 +141,11 @@ impl Ledger {
     /// Sums since start by key and model, in their order, of what is folded. Bounded: what comes after
     /// [`crate::bounds::USAGE_LABELS_MAX`] pairs is summed as (`other`, `other`).
     pub fn totals(&self) -> Vec<(String, String, Counters)> {
-        self.public.totals.lock().unwrap_or_else(PoisonError::into_inner).list()
+        self.public
+            .totals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .list()
     }
 
     /// Folds and syncs what was appended before this call, and waits for it, at most 10 s.
@@ -145,7 +154,9 @@ impl Ledger {
     /// What stood in the way; the records are safe in the journal nonetheless.
     pub fn flush(&self) -> anyhow::Result<()> {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.commands.send(Command::Flush(reply)).context("the ledger's thread has ended")?;
+        self.commands
+            .send(Command::Flush(reply))
+            .context("the ledger's thread has ended")?;
         match answer.recv_timeout(FLUSH_TIMEOUT) {
             Ok(result) => result.map_err(anyhow::Error::msg),
             Err(_) => bail!("the ledger did not flush within {} s", FLUSH_TIMEOUT.as_secs()),

@@ -207,7 +207,13 @@ impl Record {
         frame[100] = self.api as u8;
         frame[101] = self.outcome as u8;
         frame[107] = 0;
-        let names = [&self.key, &self.team, &self.model, &self.provider, &self.upstream_model];
+        let names = [
+            &self.key,
+            &self.team,
+            &self.model,
+            &self.provider,
+            &self.upstream_model,
+        ];
         let mut at = NAMES_AT;
         for (index, name) in names.into_iter().enumerate() {
             let bytes = name.floor_char_boundary(NAME_BYTES_MAX);
@@ -216,6 +222,28 @@ impl Record {
             at += bytes;
         }
         at
+    }
+
+    /// The record with its names borrowed.
+    pub fn view(&self) -> RecordView<'_> {
+        RecordView {
+            time_unix_ms: self.time_unix_ms,
+            id: self.id,
+            key: &self.key,
+            team: &self.team,
+            model: &self.model,
+            provider: &self.provider,
+            upstream_model: &self.upstream_model,
+            api: self.api,
+            outcome: self.outcome,
+            flags: self.flags,
+            status: self.status,
+            usage: self.usage,
+            ttft_us: self.ttft_us,
+            duration_us: self.duration_us,
+            bytes_in: self.bytes_in,
+            bytes_out: self.bytes_out,
+        }
     }
 }
 
@@ -244,7 +272,11 @@ impl<'a> RecordView<'a> {
     /// Reads a frame, its word included. `None` for what [`Record::encode`] does not write.
     pub(super) fn decode(frame: &'a [u8]) -> Option<RecordView<'a>> {
         let fixed: &[u8; NAMES_AT] = frame.first_chunk()?;
-        let u64_at = |at: usize| fixed[at..].first_chunk().map_or(0, |field| u64::from_le_bytes(*field));
+        let u64_at = |at: usize| {
+            fixed[at..]
+                .first_chunk()
+                .map_or(0, |field| u64::from_le_bytes(*field))
+        };
         let u16_at = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
         let mut names = [""; NAMES];
         let mut rest = &frame[NAMES_AT..];

@@ -34,7 +34,9 @@ pub fn replay(journal: &Path, store: &mut Store) -> anyhow::Result<Replayed> {
     remove_unfinished(journal)?;
     let positions = store.positions().context("cannot read usage.db")?;
     let mut replayed = Replayed::default();
-    for (name, path) in segment::list(journal).with_context(|| format!("cannot list {}", journal.display()))? {
+    for (name, path) in
+        segment::list(journal).with_context(|| format!("cannot list {}", journal.display()))?
+    {
         let seq_max = replayed.seq_max.entry(name.core).or_default();
         *seq_max = name.seq.max(*seq_max);
         replay_segment(name, &path, &positions, store, &mut replayed)
@@ -87,7 +89,9 @@ fn replay_segment(
             bytes: found.end,
             done: true,
         };
-        store.fold(&found.sums, &[done]).context("cannot write usage.db")?;
+        store
+            .fold(&found.sums, &[done])
+            .context("cannot write usage.db")?;
     }
     replayed.archive.push(Kept {
         name,

@@ -105,7 +105,10 @@ impl Header {
 
     /// Reads the header from the start of a segment; from its second copy where the first is damaged.
     pub fn decode(segment: &[u8]) -> Option<Header> {
-        segment.chunks_exact(HEADER_BYTES).take(2).find_map(Header::decode_copy)
+        segment
+            .chunks_exact(HEADER_BYTES)
+            .take(2)
+            .find_map(Header::decode_copy)
     }
 
     fn decode_copy(bytes: &[u8]) -> Option<Header> {

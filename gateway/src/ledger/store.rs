@@ -90,7 +90,12 @@ impl Positions {
     pub fn of(&self, name: Name, id: u64) -> Position {
         if self.removed.get(&name.core).is_some_and(|seq| name.seq <= *seq) {
             let bytes = usize::MAX;
-            return Position { name, id, bytes, done: true };
+            return Position {
+                name,
+                id,
+                bytes,
+                done: true,
+            };
         }
         match self.by_name.get(&name) {
             Some(position) if position.id == id => *position,
@@ -108,9 +113,18 @@ impl Positions {
         self.removed.get(&name.core).is_some_and(|seq| name.seq <= *seq)
     }
 
+    /// Whether nothing more will come from a segment of this name.
+    pub fn done(&self, name: Name) -> bool {
+        self.by_name.get(&name).is_some_and(|position| position.done)
+    }
+
     /// The greatest sequence number known of a core.
     pub fn seq_max(&self, core: u32) -> u64 {
-        let known = self.by_name.keys().filter(|name| name.core == core).map(|name| name.seq);
+        let known = self
+            .by_name
+            .keys()
+            .filter(|name| name.core == core)
+            .map(|name| name.seq);
         known.chain(self.removed.get(&core).copied()).max().unwrap_or(0)
     }
 }
@@ -151,11 +165,15 @@ impl Store {
 
     /// Adds `sums` to the rollup and sets `positions`, all or nothing.
     pub fn fold(&mut self, sums: &Sums, positions: &[Position]) -> rusqlite::Result<()> {
-        let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let transaction = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
         add_sums(&transaction, sums)?;
         for position in positions {
             transaction
-                .prepare_cached("INSERT OR REPLACE INTO segment (core, seq, id, position, done) VALUES (?, ?, ?, ?, ?)")?
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO segment (core, seq, id, position, done) VALUES (?, ?, ?, ?, ?)",
+                )?
                 .execute(params![
                     position.name.core,
                     to_sql(position.name.seq),
@@ -178,7 +196,9 @@ impl Store {
         // the write-ahead log's earlier ones, is synced.
         self.connection.pragma_update(None, "synchronous", "FULL")?;
         let result = (|| {
-            let transaction = self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let transaction = self
+                .connection
+                .transaction_with_behavior(TransactionBehavior::Immediate)?;
             transaction.execute(
                 "INSERT INTO removed (core, seq) VALUES (?1, ?2) ON CONFLICT (core) DO UPDATE SET seq = max(seq, ?2)",
                 params![name.core, to_sql(name.seq)],
@@ -209,7 +229,10 @@ impl Store {
 /// when none runs; `None` where there is no database yet.
 pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<(Positions, Vec<(Group, Counters)>)>> {
     let path: PathBuf = state.join(FILE);
-    if !path.try_exists().with_context(|| format!("cannot look for {}", path.display()))? {
+    if !path
+        .try_exists()
+        .with_context(|| format!("cannot look for {}", path.display()))?
+    {
         return Ok(None);
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -225,7 +248,11 @@ pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<(Positions,
         if tables > TABLES_VERSION {
             return Ok(Some((tables, Positions::default(), Vec::new())));
         }
-        Ok(Some((tables, positions(&transaction)?, rollup(&transaction, day_min)?)))
+        Ok(Some((
+            tables,
+            positions(&transaction)?,
+            rollup(&transaction, day_min)?,
+        )))
     };
     match read().with_context(|| format!("cannot read {}", path.display()))? {
         Some((tables, ..)) if tables > TABLES_VERSION => bail!(newer(tables)),
@@ -272,7 +299,13 @@ fn add_sums(transaction: &Transaction<'_>, sums: &Sums) -> rusqlite::Result<()> 
             result
         };
         bind(&mut statement, &group.day)?;
-        for name in [&group.key, &group.team, &group.model, &group.provider, &group.upstream_model] {
+        for name in [
+            &group.key,
+            &group.team,
+            &group.model,
+            &group.provider,
+            &group.upstream_model,
+        ] {
             bind(&mut statement, name)?;
         }
         bind(&mut statement, &(group.api as u8))?;
@@ -288,7 +321,12 @@ fn add_sums(transaction: &Transaction<'_>, sums: &Sums) -> rusqlite::Result<()> 
 fn add_statement() -> String {
     let names = Counters::NAMES;
     let values = vec!["?"; 7 + Counters::COUNT].join(", ");
-    let sums = names.map(|name| format!("{name} = min({name}, {} - excluded.{name}) + excluded.{name}", i64::MAX));
+    let sums = names.map(|name| {
+        format!(
+            "{name} = min({name}, {} - excluded.{name}) + excluded.{name}",
+            i64::MAX
+        )
+    });
     format!(
         "INSERT INTO rollup (day, key, team, model, provider, upstream_model, api, {}) VALUES ({values}) \
          ON CONFLICT DO UPDATE SET {}",

@@ -183,12 +183,23 @@ impl Sums {
         &self.groups
     }
 
+    /// The groups and their sums.
+    pub fn into_groups(self) -> Vec<(Group, Counters)> {
+        self.groups
+    }
+
     /// A text that two records share when they belong to the same group.
     fn label<'a>(record: &RecordView<'_>, buffer: &'a mut [u8; LABEL_BYTES_MAX]) -> &'a [u8] {
         buffer[..4].copy_from_slice(&day_of(record.time_unix_ms).to_le_bytes());
         buffer[4] = record.api as u8;
         let mut at = 5;
-        let names = [record.key, record.team, record.model, record.provider, record.upstream_model];
+        let names = [
+            record.key,
+            record.team,
+            record.model,
+            record.provider,
+            record.upstream_model,
+        ];
         for name in names {
             // Decoded names are at most 255 bytes by their length's type; longer than the bound are
             // none, as only such are written.
@@ -242,8 +253,11 @@ impl Totals {
 
     /// All of them, in order of key and model.
     pub fn list(&self) -> Vec<(String, String, Counters)> {
-        let mut list: Vec<_> =
-            self.by_label.iter().map(|((key, model), sum)| (key.clone(), model.clone(), *sum)).collect();
+        let mut list: Vec<_> = self
+            .by_label
+            .iter()
+            .map(|((key, model), sum)| (key.clone(), model.clone(), *sum))
+            .collect();
         list.sort_by(|a, b| (&a.0, &a.1).cmp(&(&b.0, &b.1)));
         list
     }

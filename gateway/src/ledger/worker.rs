@@ -185,7 +185,10 @@ impl Worker {
     }
 
     fn flush(&mut self) -> Result<(), String> {
-        let result = self.sync().and_then(|()| self.fold()).and_then(|()| self.retire());
+        let result = self
+            .sync()
+            .and_then(|()| self.fold())
+            .and_then(|()| self.retire());
         result.map_err(|error| {
             self.trouble("cannot flush the ledger", &error);
             format!("{error:#}")
@@ -204,7 +207,9 @@ impl Worker {
     /// Fills the cores' queues of segments.
     fn refill(&mut self) -> anyhow::Result<()> {
         for index in 0..self.lanes.len() {
-            while !self.lanes[index].shared.blanks.is_full() && self.lanes[index].live.len() < SEGMENTS_LIVE_MAX {
+            while !self.lanes[index].shared.blanks.is_full()
+                && self.lanes[index].live.len() < SEGMENTS_LIVE_MAX
+            {
                 let blank = self.make_segment(index)?;
                 // Full it cannot be: this thread alone fills it.
                 let _ = self.lanes[index].shared.blanks.push(blank);
@@ -247,7 +252,10 @@ impl Worker {
             folded: FRAMES_AT,
             synced: FRAMES_AT,
         });
-        Ok(Blank { id: header.id, appender })
+        Ok(Blank {
+            id: header.id,
+            appender,
+        })
     }
 
     /// Brings what was appended to the disk.
@@ -255,7 +263,9 @@ impl Worker {
         for live in self.lanes.iter_mut().flat_map(|lane| &mut lane.live) {
             let committed = live.view.committed_bytes();
             if committed > live.synced {
-                live.file.sync_data().with_context(|| format!("cannot sync {}", live.path.display()))?;
+                live.file
+                    .sync_data()
+                    .with_context(|| format!("cannot sync {}", live.path.display()))?;
                 live.synced = committed;
             }
         }
@@ -299,13 +309,22 @@ impl Worker {
         if positions.is_empty() {
             return Ok(false);
         }
-        self.store.fold(&sums, &positions).context("cannot write usage.db")?;
+        self.store
+            .fold(&sums, &positions)
+            .context("cannot write usage.db")?;
         for live in self.lanes.iter_mut().flat_map(|lane| &mut lane.live) {
-            if let Some(position) = positions.iter().find(|position| position.name == live.header.name) {
+            if let Some(position) = positions
+                .iter()
+                .find(|position| position.name == live.header.name)
+            {
                 live.folded = position.bytes;
             }
         }
-        self.public.totals.lock().unwrap_or_else(PoisonError::into_inner).add(&sums);
+        self.public
+            .totals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(&sums);
         let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.folded += records;
         status.torn += torn;
@@ -322,14 +341,18 @@ impl Worker {
                 if !sealed || live.folded != committed || live.synced != committed {
                     break;
                 }
-                let kept = live.retire(&mut self.store).with_context(|| format!("cannot close {}", live.path.display()))?;
+                let kept = live
+                    .retire(&mut self.store)
+                    .with_context(|| format!("cannot close {}", live.path.display()))?;
                 if let Some(kept) = kept {
                     self.archive.push(kept);
                 }
                 lane.live.pop_front();
             }
         }
-        self.archive.trim(self.keep_bytes, &mut self.store).context("cannot remove an old journal segment")
+        self.archive
+            .trim(self.keep_bytes, &mut self.store)
+            .context("cannot remove an old journal segment")
     }
 
     /// Counts and logs a failure; returns when to try again.
@@ -350,7 +373,9 @@ impl Worker {
     fn show(&self) {
         let live = || self.lanes.iter().flat_map(|lane| &lane.live);
         let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
-        status.unsynced_bytes = live().map(|live| (live.view.committed_bytes() - live.synced) as u64).sum();
+        status.unsynced_bytes = live()
+            .map(|live| (live.view.committed_bytes() - live.synced) as u64)
+            .sum();
         status.segments = (live().count() + self.archive.len()) as u64;
         status.archive_bytes = self.archive.bytes();
     }
@@ -393,7 +418,10 @@ fn lanes(cores: usize, replayed: &Replayed, positions: &Positions) -> Vec<Lane> 
             appended: AtomicU64::new(0).into(),
             refused: AtomicU64::new(0),
         }),
-        next_seq: positions.seq_max(core).max(replayed.seq_max.get(&core).copied().unwrap_or(0)) + 1,
+        next_seq: positions
+            .seq_max(core)
+            .max(replayed.seq_max.get(&core).copied().unwrap_or(0))
+            + 1,
         live: VecDeque::new(),
     };
     (0..cores).map(|core| lane(core as u32)).collect()

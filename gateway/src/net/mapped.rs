@@ -76,7 +76,9 @@ pub fn create(path: &Path, bytes: usize, head: &[u8]) -> io::Result<(File, Appen
                 committed: AtomicUsize::new(head.len()),
                 sealed: AtomicBool::new(false),
             });
-            let view = View { region: region.clone() };
+            let view = View {
+                region: region.clone(),
+            };
             let at = head.len();
             Ok((file, Appender { region, at }, view))
         }
@@ -231,7 +233,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a");
         std::fs::write(&path, "kept").unwrap();
-        assert_eq!(create(&path, 4096, &[]).unwrap_err().kind(), io::ErrorKind::AlreadyExists);
+        assert_eq!(
+            create(&path, 4096, &[]).unwrap_err().kind(),
+            io::ErrorKind::AlreadyExists
+        );
         assert_eq!(std::fs::read(&path).unwrap(), b"kept");
     }
 
