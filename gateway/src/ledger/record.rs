@@ -333,3 +333,126 @@ impl<'a> RecordView<'a> {
         }
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Any record whose names are within their bound.
+    pub fn any_record() -> impl Strategy<Value = Record> {
+        let name = || {
+            "[a-z\u{e4}\u{4e2d}/.:-]{0,128}".prop_map(|name| {
+                let end = name.floor_char_boundary(NAME_BYTES_MAX);
+                Arc::from(&name[..end])
+            })
+        };
+        let names = (name(), name(), name(), name(), name());
+        let facts = (1..=4_u8, 0..=4_u8, any::<u16>(), any::<u16>(), any::<[u8; 16]>());
+        (names, facts, any::<[u64; 9]>()).prop_map(|(names, facts, numbers)| Record {
+            time_unix_ms: numbers[0],
+            id: RequestId(facts.4),
+            key: names.0,
+            team: names.1,
+            model: names.2,
+            provider: names.3,
+            upstream_model: names.4,
+            api: Api::from_u8(facts.0).unwrap(),
+            outcome: Outcome::from_u8(facts.1).unwrap(),
+            flags: Flags(facts.2),
+            status: facts.3,
+            usage: Usage {
+                prompt: numbers[1],
+                cached: numbers[2],
+                completion: numbers[3],
+                reasoning: numbers[4],
+            },
+            ttft_us: numbers[5],
+            duration_us: numbers[6],
+            bytes_in: numbers[7],
+            bytes_out: numbers[8],
+        })
+    }
+
+    /// A small record that `number` tells from others.
+    pub fn numbered(number: u64) -> Record {
+        let mut random = [0; 10];
+        random[2..].copy_from_slice(&number.to_be_bytes());
+        Record {
+            time_unix_ms: 1_760_000_000_000,
+            id: RequestId::new(1_760_000_000_000, random),
+            key: "alice".into(),
+            team: "".into(),
+            model: "fast".into(),
+            provider: "fleet".into(),
+            upstream_model: "llama-3.3-70b".into(),
+            api: Api::ChatCompletions,
+            outcome: Outcome::Complete,
+            flags: Flags::STREAM,
+            status: 200,
+            usage: Usage {
+                prompt: number,
+                cached: 0,
+                completion: 1,
+                reasoning: 0,
+            },
+            ttft_us: 1,
+            duration_us: 2,
+            bytes_in: 3,
+            bytes_out: 4,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_reads_back_as_it_was_written(record in any_record()) {
+            // What stood in the buffer before does not matter.
+            let mut frame = [0xa5; RECORD_BYTES_MAX];
+            let bytes = record.encode(&mut frame);
+            let view = RecordView::decode(&frame[..bytes]).unwrap();
+            prop_assert_eq!(view, record.view());
+            prop_assert_eq!(view.to_record(), record);
+        }
+
+        #[test]
+        fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..RECORD_BYTES_MAX)) {
+            let _ = RecordView::decode(&bytes);
+        }
+
+        #[test]
+        fn ids_read_back(bytes in any::<[u8; 16]>()) {
+            let id = RequestId(bytes);
+            prop_assert_eq!(id.to_string().parse(), Ok(id));
+            prop_assert_eq!(id.to_string().to_uppercase().parse(), Ok(id));
+        }
+    }
+
+    #[test]
+    fn names_that_are_too_long_are_cut_between_characters() {
+        let mut record = numbered(1);
+        record.model = "\u{4e2d}".repeat(100).into();
+        let mut frame = [0; RECORD_BYTES_MAX];
+        let bytes = record.encode(&mut frame);
+        assert_eq!(
+            RecordView::decode(&frame[..bytes]).unwrap().model,
+            "\u{4e2d}".repeat(42)
+        );
+    }
+
+    #[test]
+    fn ids_are_uuids_of_version_7_and_sort_by_time() {
+        let id = RequestId::new(0x0123_4567_89ab, [0xff; 10]);
+        assert_eq!(id.to_string(), "0123456789ab7fffbfffffffffffffff");
+        assert!(id < RequestId::new(0x0123_4567_89ac, [0; 10]));
+        for wrong in [
+            "",
+            "0123",
+            "0123456789ab7fffbfffffffffffffffff",
+            "+123456789ab7fffbfffffffffffffff",
+            "é",
+        ] {
+            assert_eq!(wrong.parse::<RequestId>(), Err(NotARequestId), "{wrong}");
+        }
+    }
+}

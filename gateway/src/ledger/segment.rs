@@ -212,3 +212,176 @@ pub fn next<'a>(segment: &'a [u8], id: u64, at: &mut usize) -> Option<Found<'a>>
     *at = segment.len().next_multiple_of(UNIT_BYTES);
     Some(Found::Torn { offset: start })
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{
+        super::record::tests::{any_record, numbered},
+        *,
+    };
+
+    const ID: u64 = 0x1122_3344_5566_7788;
+
+    fn header() -> Header {
+        Header {
+            name: Name { core: 3, seq: 7 },
+            id: ID,
+            run: 5,
+            created_unix_ms: 9,
+        }
+    }
+
+    /// A segment of these records, and where each starts.
+    fn segment(records: &[Record]) -> (Vec<u8>, Vec<usize>) {
+        let mut bytes = header().encode().to_vec();
+        let mut starts = Vec::new();
+        let mut frame = [0; RECORD_BYTES_MAX];
+        for record in records {
+            let length = encode(record, &mut frame);
+            seal(&mut frame[..length], ID, bytes.len());
+            starts.push(bytes.len());
+            bytes.extend_from_slice(&frame[..length]);
+        }
+        (bytes, starts)
+    }
+
+    /// All whole records, and the offsets of what is torn.
+    fn read(bytes: &[u8], id: u64) -> (Vec<Record>, Vec<usize>) {
+        let (mut records, mut torn) = (Vec::new(), Vec::new());
+        let mut at = FRAMES_AT;
+        while let Some(found) = next(bytes, id, &mut at) {
+            match found {
+                Found::Record(record) => records.push(record.to_record()),
+                Found::Torn { offset } => torn.push(offset),
+            }
+            assert!(torn.len() + records.len() <= bytes.len(), "no progress");
+        }
+        (records, torn)
+    }
+
+    fn records() -> Vec<Record> {
+        let mut records: Vec<Record> = (0..6).map(numbered).collect();
+        records[2].upstream_model = "x".repeat(128).into();
+        records[3].team = "y".repeat(100).into();
+        records
+    }
+
+    proptest! {
+        #[test]
+        fn records_read_back(records in prop::collection::vec(any_record(), 0..20), zeros in 0..300_usize) {
+            let (mut bytes, _) = segment(&records);
+            bytes.resize(bytes.len() + zeros, 0);
+            prop_assert_eq!(read(&bytes, ID), (records, vec![]));
+        }
+
+        #[test]
+        fn foreign_bytes_hold_no_record(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
+            prop_assert_eq!(read(&bytes, ID).0, vec![]);
+            prop_assert_eq!(Header::decode(&bytes), None);
+        }
+    }
+
+    #[test]
+    fn a_cut_at_any_byte_keeps_what_is_whole_before_it() {
+        let records = records();
+        let (bytes, starts) = segment(&records);
+        for cut in FRAMES_AT..bytes.len() {
+            let ends = starts[1..].iter().copied().chain([bytes.len()]);
+            let whole = ends.filter(|end| *end <= cut).count();
+            // A file that is shorter, and one whose tail is zeros.
+            let mut zeroed = bytes.clone();
+            zeroed[cut..].fill(0);
+            for damaged in [&bytes[..cut], &zeroed[..]] {
+                let (found, torn) = read(damaged, ID);
+                // Zeros behind a record's last byte that is not zero change nothing.
+                let kept = found.len();
+                assert!(
+                    kept == whole || (kept == whole + 1 && damaged.len() == bytes.len()),
+                    "cut at {cut}"
+                );
+                assert_eq!(found, records[..kept], "cut at {cut}");
+                let inside = !starts.contains(&cut) && kept == whole;
+                assert_eq!(
+                    torn,
+                    if inside { vec![starts[whole]] } else { vec![] },
+                    "cut at {cut}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn any_damaged_byte_costs_its_own_record_only() {
+        let records = records();
+        let (bytes, starts) = segment(&records);
+        for at in FRAMES_AT..bytes.len() {
+            let hit = starts.iter().rposition(|start| *start <= at).unwrap();
+            for damage in [0x01, 0x80, 0xff, bytes[at]] {
+                if damage == 0 {
+                    continue;
+                }
+                let mut damaged = bytes.clone();
+                damaged[at] ^= damage;
+                let (found, torn) = read(&damaged, ID);
+                let rest: Vec<&Record> = records
+                    .iter()
+                    .enumerate()
+                    .filter(|(i, _)| *i != hit)
+                    .map(|(_, r)| r)
+                    .collect();
+                assert_eq!(found.iter().collect::<Vec<_>>(), rest, "byte {at} ^ {damage}");
+                assert_eq!(torn, [starts[hit]], "byte {at} ^ {damage}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_page_that_never_reached_the_disk_is_torn_and_what_follows_is_read() {
+        let records = records();
+        let (mut bytes, starts) = segment(&records);
+        bytes[starts[1]..starts[3]].fill(0);
+        let (found, torn) = read(&bytes, ID);
+        assert_eq!(found, [&records[..1], &records[3..]].concat());
+        assert_eq!(torn, [starts[1]]);
+    }
+
+    #[test]
+    fn frames_of_another_segment_or_place_are_no_records() {
+        let (bytes, starts) = segment(&records());
+        assert_eq!(read(&bytes, ID + 1).0, []);
+        let mut moved = header().encode().to_vec();
+        moved.extend_from_slice(&bytes[starts[1]..]);
+        assert_eq!(read(&moved, ID).0, []);
+    }
+
+    #[test]
+    fn the_header_survives_damage_to_either_copy() {
+        let bytes = header().encode();
+        for at in 0..FRAMES_AT {
+            let mut damaged = bytes;
+            damaged[at] ^= 0x40;
+            assert_eq!(Header::decode(&damaged), Some(header()), "byte {at}");
+        }
+        assert_eq!(Header::decode(&bytes[..64]), Some(header()));
+        assert_eq!(Header::decode(&bytes[..63]), None);
+    }
+
+    #[test]
+    fn file_names_read_back_and_foreign_ones_are_refused() {
+        let name = Name { core: 12, seq: 345 };
+        assert_eq!(name.file(), "12-0000000345.seg");
+        assert_eq!(Name::parse("12-0000000345.seg"), Some(name));
+        for foreign in [
+            "12-345.seg",
+            "12-0000000345.seg.new",
+            "a-1.seg",
+            "-1.seg",
+            "+1-0000000001.seg",
+            "1.seg",
+        ] {
+            assert_eq!(Name::parse(foreign), None, "{foreign}");
+        }
+    }
+}
