@@ -1,10 +1,7 @@
 //! One file a command.
 
-<<<<<<< HEAD
 pub mod check;
 pub mod common;
 pub mod keys;
 pub mod schema;
-=======
 pub mod usage;
->>>>>>> ledger

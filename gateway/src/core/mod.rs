@@ -78,6 +78,8 @@ pub struct Core {
     pub bodies_bytes: Cell<usize>,
     /// Connections of clients open now.
     pub connections: Cell<usize>,
+    /// Requests accepted and not ended: records to be written.
+    pub accounts_open: Cell<usize>,
     /// Streams running now.
     pub streams_open: Cell<usize>,
     /// The empty name, so that a record without one costs no allocation.
@@ -97,6 +99,7 @@ impl Core {
             drain: Signal::default(),
             bodies_bytes: Cell::new(0),
             connections: Cell::new(0),
+            accounts_open: Cell::new(0),
             streams_open: Cell::new(0),
             empty: Arc::from(""),
             journal: RefCell::new(journal),
@@ -137,10 +140,10 @@ impl Core {
 
     /// Whether a record can be written now. Work is not begun that could not be recorded.
     pub fn books_are_open(&self) -> bool {
-        self.journal.borrow_mut().ready()
+        self.journal.borrow().room() > self.accounts_open.get()
     }
 
-    /// Writes a record. Where the journal has filled up since the request was admitted, it is lost and counted.
+    /// Writes a record. Admission has kept room for it; a failure would be lost and is counted.
     pub fn append(&self, record: &Record) {
         if self.journal.borrow_mut().append(record).is_err() {
             self.telemetry.counters().ledger_full.inc();

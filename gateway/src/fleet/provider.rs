@@ -66,7 +66,7 @@ pub struct Endpoints {
 impl Endpoints {
     /// Makes a provider of the configuration, with endpoints that are kept where they were known.
     pub fn provider(&mut self, name: &str, schema: &schema::Provider) -> anyhow::Result<Provider> {
-        let defaults = [schema.kind.default_endpoint().to_string()];
+        let defaults = [default_endpoint(schema.kind).to_string()];
         let urls = if schema.endpoints.is_empty() { &defaults[..] } else { &schema.endpoints[..] };
         let mut tls = None;
         let mut endpoints = Vec::with_capacity(urls.len());
@@ -99,11 +99,7 @@ impl Endpoints {
         }
         let literal: Option<IpAddr> = url.host.trim_matches(['[', ']']).parse().ok();
         let addresses = literal.map(|ip| SocketAddr::new(ip, url.port)).into_iter().collect();
-        let default_port = if url.tls { 443 } else { 80 };
-        let authority = match url.port {
-            port if port == default_port => url.host.clone(),
-            port => format!("{}:{port}", url.host),
-        };
+        let authority = url.authority();
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let endpoint = Endpoint { id, url, authority, tls, addresses: ArcSwap::from_pointee(addresses) };
         let endpoint = Arc::new(endpoint);
@@ -120,5 +116,12 @@ impl Endpoints {
     pub fn named(&self) -> Vec<Arc<Endpoint>> {
         let is_name = |host: &str| host.trim_matches(['[', ']']).parse::<IpAddr>().is_err();
         self.known.values().filter(|endpoint| is_name(&endpoint.url.host)).cloned().collect()
+    }
+}
+
+/// Where a provider is reached that names no endpoint.
+fn default_endpoint(kind: schema::ProviderKind) -> &'static str {
+    match kind {
+        schema::ProviderKind::Openai => "https://api.openai.com",
     }
 }

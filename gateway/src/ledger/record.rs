@@ -37,6 +37,11 @@ const _: () = assert!(NAME_BYTES_MAX <= u8::MAX as usize);
 pub struct RequestId(pub [u8; 16]);
 
 impl RequestId {
+    /// When it was made, milliseconds since the Unix epoch.
+    pub fn unix_ms(self) -> u64 {
+        (u128::from_be_bytes(self.0) >> 80) as u64
+    }
+
     /// An id for a request of now. It is a UUID of version 7 (RFC 9562, section 5.7): 6 of the random
     /// bits give way to version and variant. `now_unix_ms` counts modulo 2^48 (until the year 10889).
     pub fn new(now_unix_ms: u64, random: [u8; 10]) -> RequestId {

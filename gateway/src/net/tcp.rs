@@ -4,7 +4,7 @@ use std::{
     future::Future,
     io::{self, IoSlice},
     net::{SocketAddr, TcpListener as StdListener},
-    os::fd::{AsRawFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     rc::Rc,
     time::Duration,
 };
@@ -72,12 +72,20 @@ pub struct Sock {
     fd: RawFd,
 }
 
+impl AsFd for Sock {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is the stream's, which lives as long as `self`.
+        unsafe { BorrowedFd::borrow_raw(self.fd) }
+    }
+}
+
 impl Sock {
     fn new(stream: TcpStream) -> Sock {
         let fd = stream.as_raw_fd();
         let _ = stream.set_nodelay(true);
-        let _ = SockRef::from(&stream).set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
-        Sock { stream, fd }
+        let sock = Sock { stream, fd };
+        let _ = SockRef::from(&sock).set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
+        sock
     }
 
     /// Connects within `time`.
@@ -153,7 +161,7 @@ impl Sock {
     /// Makes the coming close a reset, so that the peer cannot take a cut answer for a whole one and the
     /// kernel keeps nothing of it.
     pub fn reset_on_close(&self) {
-        let _ = SockRef::from(&self.stream).set_linger(Some(Duration::ZERO));
+        let _ = SockRef::from(self).set_linger(Some(Duration::ZERO));
     }
 }
 

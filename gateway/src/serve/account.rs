@@ -26,6 +26,8 @@ pub struct Account {
     /// Input tokens as they were estimated, for a request whose provider tells none.
     input_estimated: u64,
     error: Option<&'static str>,
+    /// Requests made to upstreams.
+    attempts: u8,
 }
 
 impl Account {
@@ -43,7 +45,8 @@ impl Account {
         body_bytes: usize,
         reservation: Reservation,
     ) -> Account {
-        core.telemetry.counters().requests.add(1);
+        core.telemetry.counters().requests.inc();
+        core.accounts_open.set(core.accounts_open.get() + 1);
         let empty: Arc<str> = core.empty.clone();
         let record = Record {
             time_unix_ms: id.unix_ms(),
@@ -72,16 +75,18 @@ impl Account {
             client,
             input_estimated,
             error: None,
+            attempts: 0,
         }
     }
 
     /// Notes who is asked.
     pub fn target(&mut self, target: &Target, attempt: usize, fallback: bool) {
+        self.attempts = self.attempts.saturating_add(1);
         self.record.provider = target.provider.name.clone();
         self.record.upstream_model = target.model.clone();
         if attempt > 0 {
             self.record.flags.set(Flags::RETRIED);
-            self.core.telemetry.counters().upstream_retries.add(1);
+            self.core.telemetry.counters().upstream_retries.inc();
         }
         if fallback {
             self.record.flags.set(Flags::FALLBACK);
@@ -158,36 +163,45 @@ impl Account {
         counters.tokens_completion.add(record.usage.completion);
         counters.usage_estimated.add(estimated.into());
         match record.outcome {
-            Outcome::ClientGone => counters.client_disconnects.add(1),
-            Outcome::UpstreamFailed | Outcome::TimedOut => counters.upstream_errors.add(1),
+            Outcome::ClientGone => counters.client_disconnects.inc(),
+            Outcome::UpstreamFailed | Outcome::TimedOut => counters.upstream_errors.inc(),
             Outcome::Complete | Outcome::Stopped => {}
         }
-        telemetry.record_total(record.duration_us);
+        telemetry.record_total_us(record.duration_us);
         if record.ttft_us > 0 {
-            telemetry.record_ttft(record.ttft_us);
+            telemetry.record_ttft_us(record.ttft_us);
         }
         if self.dispatched_ns > 0 {
-            telemetry.record_overhead((self.dispatched_ns - self.started_ns) / 1000);
+            telemetry.record_overhead_us((self.dispatched_ns - self.started_ns) / 1000);
         }
     }
 
     fn log(&self) {
+        if !self.core.telemetry.access_log_on() {
+            return;
+        }
         let record = &self.record;
-        self.core.telemetry.log(AccessEntry {
+        self.core.telemetry.log_access(AccessEntry {
+            time_unix_ms: record.time_unix_ms,
+            request_id: Some(record.id),
+            client: Some(self.client),
+            method: "POST".into(),
+            path: record.api.path().into(),
             key: Some(record.key.clone()),
             model: Some(record.model.clone()),
             provider: Some(record.provider.clone()),
             upstream_model: Some(record.upstream_model.clone()),
             status: record.status,
-            outcome: Some(record.outcome),
+            outcome: record.outcome.name(),
+            error: self.error,
+            stream: record.flags.has(Flags::STREAM),
+            estimated: record.flags.has(Flags::ESTIMATED),
             usage: record.usage,
+            attempts: self.attempts,
             ttft_us: record.ttft_us,
             duration_us: record.duration_us,
             bytes_in: record.bytes_in,
             bytes_out: record.bytes_out,
-            flags: record.flags,
-            error: self.error,
-            ..AccessEntry::new(record.time_unix_ms, Some(record.id), self.client, record.api.path())
         });
     }
 }
@@ -199,7 +213,8 @@ impl Drop for Account {
             let usage = Usage { prompt: self.input_estimated, ..Usage::default() };
             self.settle(Outcome::Stopped, usage, true);
         }
-        self.core.telemetry.counters().responses.add(self.record.status);
+        self.core.accounts_open.set(self.core.accounts_open.get() - 1);
+        self.core.telemetry.counters().response(self.record.status);
         self.log();
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     error::{Dialect, Error},
-    http::head::{Field, ResponseHead, Version, is_hop_by_hop},
+    http::head::{ResponseHead, Version},
     ledger::record::RequestId,
     quota::policy::{Denied, Report, Unit},
 };
@@ -70,12 +70,11 @@ pub fn relayed(
     head: Head,
 ) -> Vec<u8> {
     let mut out = begin(upstream.status, head, upstream.len + 512);
-    for Field { name, value } in &upstream.fields {
-        let (name, value) = (name.of(bytes), value.of(bytes));
-        if is_hop_by_hop(name) || upstream.is_nominated(bytes, name) || is_withheld(name) {
-            continue;
+    for relayed in &upstream.fields {
+        let name = relayed.name.of(bytes);
+        if upstream.is_end_to_end(bytes, relayed) && !is_withheld(name) {
+            field(&mut out, name, relayed.value.of(bytes));
         }
-        field(&mut out, name, value);
     }
     rate_limit(&mut out, report);
     match framing {

@@ -122,11 +122,11 @@ async fn handshake(
     let session = tls::server_session(config).ok()?;
     match Conn::tls(sock, session, time).await {
         Ok(conn) => {
-            core.telemetry.counters().tls_handshakes.add(1);
+            core.telemetry.counters().tls_handshakes.inc();
             Some(conn)
         }
         Err(error) => {
-            core.telemetry.counters().tls_failures.add(1);
+            core.telemetry.counters().tls_failures.inc();
             tracing::debug!(%error, "TLS handshake failed");
             None
         }

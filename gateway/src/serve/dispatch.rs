@@ -99,20 +99,20 @@ async fn attempt(
     let kept = core.pool.borrow_mut().take(endpoint);
     let mut result = Err(Failed::Unreachable);
     if let Some(conn) = kept {
-        core.telemetry.counters().upstream_reuses.add(1);
+        core.telemetry.counters().upstream_reuses.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
         result = exchange(order, target, &mut upstream, account).await.map(|()| upstream);
         match result {
-            Err(Failed::Unreachable) => core.telemetry.counters().upstream_retries.add(1),
+            Err(Failed::Unreachable) => core.telemetry.counters().upstream_retries.inc(),
             _ => return note(core, endpoint, result),
         }
     }
     if let Some(conn) = connect(core, endpoint, order.model.timeouts.connect).await {
-        core.telemetry.counters().upstream_connects.add(1);
+        core.telemetry.counters().upstream_connects.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
         result = exchange(order, target, &mut upstream, account).await.map(|()| upstream);
     } else {
-        core.telemetry.counters().upstream_connect_failures.add(1);
+        core.telemetry.counters().upstream_connect_failures.inc();
     }
     note(core, endpoint, result)
 }

@@ -8,7 +8,7 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{rc::Rc, sync::Arc};
+use std::{borrow::Cow, rc::Rc, sync::Arc};
 
 use super::{
     account::Account,
@@ -18,12 +18,12 @@ use super::{
     dispatch::{self, Order},
     relay,
     snapshot::{Key, Model, Snapshot},
-    upstream,
+    upstream::{self, Upstream},
 };
 use crate::{
     core::{Core, DRAIN, STOP},
     dialect::{
-        Api,
+        Api, Usage,
         request::{Call, estimate_input},
     },
     error::{Dialect, Error, Kind},
@@ -34,7 +34,7 @@ use crate::{
         self, Denied, Reservation,
         policy::{Estimate, Report},
     },
-    telemetry::access::AccessEntry,
+    telemetry::access::{AccessEntry, path_of},
 };
 
 /// Seconds after which a client that met a stopping or full gateway may try again.
@@ -132,8 +132,22 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
     let body = receive_body(client, core).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
-    let (account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
-    deliver(client, core, request, api, &model, call, body, &fields, account, report).await
+    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
+    let order = Order { id: request.id, api, model: &model, call: &call, body: body.bytes(), fields: &fields };
+    let upstream = dispatch(client, core, &order, &mut account).await?;
+    let hide_usage = call.hide_usage;
+    // A stream may run for minutes; what it was asked with is not needed any more.
+    drop(call);
+    drop((body, fields));
+    let terms = relay::Terms {
+        api,
+        hide_usage,
+        timeouts: model.timeouts,
+        report,
+        dialect: request.dialect,
+        head: request.answer(client),
+    };
+    Ok(relay::run(client, core, upstream, account, terms).await)
 }
 
 fn begin(client: &Client, core: &Rc<Core>) -> Request {
@@ -243,7 +257,7 @@ fn admit(
     body: &Body,
 ) -> Result<(Account, Report), Refusal> {
     if !core.books_are_open() {
-        core.telemetry.counters().ledger_full.add(1);
+        core.telemetry.counters().ledger_full.inc();
         let message = "the gateway cannot record requests now; try again";
         let error = Error { code: Some("ledger_full"), ..Error::new(Kind::Overloaded, message) };
         return Err(Error { retry_after_s: Some(RETRY_AFTER_S), ..error }.into());
@@ -296,71 +310,39 @@ fn limit_error(denied: &Denied) -> Error {
     Error { retry_after_s: Some(seconds), ..Error::new(Kind::RateLimited, message) }
 }
 
-/// Sends the request upstream and the answer back. The client's hang-up ends either at once.
-#[allow(clippy::too_many_arguments)]
-async fn deliver(
+/// Finds an upstream that answers. The client's hang-up, or the gateway's end, ends that at once.
+async fn dispatch(
     client: &mut Client,
     core: &Rc<Core>,
-    request: &Request,
-    api: Api,
-    model: &Arc<Model>,
-    call: Call<'_>,
-    body: Body,
-    fields: &[u8],
-    mut account: Account,
-    report: Report,
-) -> Result<Next, Refusal> {
-    let order = Order { id: request.id, api, model, call: &call, body: body.bytes(), fields };
-    let dispatched = {
-        let dispatch = dispatch::run(core, &order, &mut account);
-        race(dispatch, race(client.gone(core), core.drain.reached(STOP))).await
-    };
-    let upstream = match dispatched {
-        Either::First(Ok(upstream)) => upstream,
-        Either::First(Err(error)) => {
-            account.answering(error.status(), false);
-            account.error(error.code());
-            account.settle(outcome_of(&error), Default::default(), false);
-            return Err(Refusal::Accounted(error));
-        }
+    order: &Order<'_>,
+    account: &mut Account,
+) -> Result<Upstream, Refusal> {
+    let ends = race(client.gone(core), core.drain.reached(STOP));
+    let dispatched = race(dispatch::run(core, order, account), ends).await;
+    let prompt_only = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    let (error, outcome, usage) = match dispatched {
+        Either::First(Ok(upstream)) => return Ok(upstream),
+        Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => (error, Outcome::TimedOut, prompt_only),
+        Either::First(Err(error)) => (error, Outcome::UpstreamFailed, Usage::default()),
         Either::Second(Either::First(())) => {
-            let usage = crate::dialect::Usage { prompt: account.input_estimated(), ..Default::default() };
-            account.settle(Outcome::ClientGone, usage, true);
+            account.settle(Outcome::ClientGone, prompt_only, true);
             return Err(Refusal::Gone);
         }
         Either::Second(Either::Second(())) => {
-            let error = Error::new(Kind::Stopping, "the gateway is being stopped");
-            account.answering(error.status(), false);
-            account.settle(Outcome::Stopped, Default::default(), true);
-            return Err(Refusal::Accounted(error));
+            (Error::new(Kind::Stopping, "the gateway is being stopped"), Outcome::Stopped, prompt_only)
         }
     };
-    let hide_usage = call.hide_usage;
-    drop(call);
-    drop(body);
-    let terms = relay::Terms {
-        api,
-        hide_usage,
-        timeouts: model.timeouts,
-        report,
-        dialect: request.dialect,
-        head: request.answer(client),
-    };
-    Ok(relay::run(client, core, upstream, account, terms).await)
-}
-
-fn outcome_of(error: &Error) -> Outcome {
-    match error.kind {
-        Kind::UpstreamTimeout => Outcome::TimedOut,
-        _ => Outcome::UpstreamFailed,
-    }
+    account.answering(error.status(), false);
+    account.error(error.code());
+    account.settle(outcome, usage, usage != Usage::default());
+    Err(Refusal::Accounted(error))
 }
 
 /// An answer of the gateway's own.
 async fn own_answer(client: &mut Client, core: &Rc<Core>, request: &Request, status: u16, body: &[u8]) -> Next {
     consume_bodyless(client);
     let head = request.answer(client);
-    core.telemetry.counters().responses.add(status);
+    core.telemetry.counters().response(status);
     write_whole(client, core, &answer::json(status, body, head), head).await
 }
 
@@ -384,16 +366,22 @@ async fn models(client: &mut Client, core: &Rc<Core>, request: &Request, key: &K
 }
 
 fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Error) {
-    core.telemetry.counters().responses.add(error.status());
+    core.telemetry.counters().response(error.status());
     // The head may be consumed by now; then the path is known to be one of the API's.
     let path = match client.head.len {
-        0 => std::borrow::Cow::Borrowed("/v1"),
+        0 => Cow::Borrowed("/v1"),
         _ => String::from_utf8_lossy(client.head.target.of(&client.inbuf)),
     };
-    core.telemetry.log(AccessEntry {
+    core.telemetry.log_access(AccessEntry {
+        time_unix_ms: request.id.unix_ms(),
+        request_id: Some(request.id),
+        client: Some(client.ip),
+        method: client.head.method.name().into(),
+        path: path_of(&path).into(),
         status: error.status(),
+        outcome: "refused",
         error: Some(error.code()),
         duration_us: (clock::monotonic_ns() - request.started_ns) / 1000,
-        ..AccessEntry::new(request.id.unix_ms(), Some(request.id), client.ip, &path)
+        ..AccessEntry::default()
     });
 }

@@ -10,7 +10,7 @@ use crate::{
     fleet::Endpoint,
     http::{
         chunked::{ChunkedDecoder, Decoded},
-        head::{Field, RequestHead, ResponseFraming, ResponseHead, is_hop_by_hop},
+        head::{RequestHead, ResponseFraming, ResponseHead},
     },
     ledger::record::RequestId,
     net::Conn,
@@ -20,14 +20,14 @@ use crate::{
 /// client's own connection, and what tells about its network stay here; unknown fields go on.
 pub fn forwarded(head: &RequestHead, bytes: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
-    for Field { name, value } in &head.fields {
-        let (name, value) = (name.of(bytes), value.of(bytes));
-        if is_hop_by_hop(name) || head.is_nominated(bytes, name) || is_kept_back(name) {
+    for field in &head.fields {
+        let name = field.name.of(bytes);
+        if !head.is_end_to_end(bytes, field) || is_kept_back(name) {
             continue;
         }
         out.extend_from_slice(name);
         out.extend_from_slice(b": ");
-        out.extend_from_slice(value);
+        out.extend_from_slice(field.value.of(bytes));
         out.extend_from_slice(b"\r\n");
     }
     out

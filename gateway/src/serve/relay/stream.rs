@@ -102,9 +102,9 @@ pub async fn run(
         last_event_ns: 0,
     };
     core.streams_open.set(core.streams_open.get() + 1);
-    core.telemetry.counters().streams_opened.add(1);
+    core.telemetry.counters().streams_opened.inc();
     let next = stream.relay().await;
-    core.telemetry.counters().streams_closed.add(1);
+    core.telemetry.counters().streams_closed.inc();
     core.streams_open.set(core.streams_open.get() - 1);
     match next {
         (next, true) => {
@@ -324,7 +324,7 @@ impl Stream<'_> {
         if self.last_event_ns == 0 {
             self.account.first_byte(now_ns);
         } else {
-            self.core.telemetry.record_inter_token((now_ns - self.last_event_ns) / 1000);
+            self.core.telemetry.record_inter_token_us((now_ns - self.last_event_ns) / 1000, events);
         }
         self.last_event_ns = now_ns;
     }
@@ -392,7 +392,7 @@ impl Stream<'_> {
         if !self.account.is_settled() {
             let error = failure.error();
             self.account.error(error.code());
-            self.core.telemetry.counters().stream_errors.add(1);
+            self.core.telemetry.counters().stream_errors.inc();
             self.settle(failure.outcome());
             // What was begun of an event cannot be taken back: it is ended, so that the error can be read.
             let gap: &[u8] = if self.meter.is_mid_event() { b"\n\n" } else { b"" };
