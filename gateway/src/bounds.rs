@@ -43,11 +43,23 @@ pub const SEGMENT_BYTES: usize = 4 * 1024 * 1024;
 /// Largest ledger record, bytes: the fixed part and five names of [`NAME_BYTES_MAX`].
 pub const RECORD_BYTES_MAX: usize = 1024;
 
+/// Journal segments that wait, mapped, for a core: with records of 192 bytes some 40,000 requests,
+/// time enough to make the next one.
+pub const SEGMENTS_READY: usize = 2;
+
+/// Journal segments of a core that are in use or not yet in the rollup. Beyond it (the database is
+/// stuck) no new ones are made, and the gateway refuses work when the last is full.
+pub const SEGMENTS_LIVE_MAX: usize = 64;
+
+/// Pairs of key and model that the ledger's metrics tell apart: each is a dozen time series. Later
+/// ones are counted as `other`.
+pub const USAGE_LABELS_MAX: usize = 4096;
+
 /// Entries of the access log that a core may be ahead of its writer. Beyond it entries are dropped
 /// and counted.
 pub const ACCESS_LOG_QUEUE: usize = 8192;
 
-/// Client addresses whose refusals are watched at the same time. 16 bytes each.
+/// Client addresses whose refusals are watched at the same time. 8 bytes each.
 pub const REFUSAL_SLOTS: usize = 64 * 1024;
 
 /// Requests to upstreams made for one client request, the first included.

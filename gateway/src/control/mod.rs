@@ -1,1 +1,1 @@
-//! control
+//! The control thread.

@@ -1,1 +1,198 @@
-//! core
+//! One data-plane thread: what it owns, how it starts, accepts, ticks and ends.
+
+mod thread;
+
+use std::{
+    cell::{Cell, RefCell, RefMut},
+    net::IpAddr,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU8, Ordering},
+    },
+};
+
+use arc_swap::ArcSwap;
+
+use crate::{
+    bounds::SCRATCH_BYTES,
+    error::{Error, Kind, Source},
+    fleet::Pool,
+    ledger::{Journal, record::{Record, RequestId}},
+    net::{clock, signal::Signal},
+    quota::refusals::Refusals,
+    serve::snapshot::Snapshot,
+    telemetry::{CoreShared, CoreTelemetry, Refusal},
+};
+
+pub use thread::{Listening, Threads, start};
+
+/// Drain level: no new connections, idle ones are closed, running requests go on.
+pub const DRAIN: u8 = 1;
+/// Drain level: everything ends now, with a record of what was delivered.
+pub const STOP: u8 = 2;
+
+/// What all cores and the control thread share. Everything in it is atomic or swapped as a whole.
+pub struct Shared {
+    /// The configuration in force.
+    pub snapshot: ArcSwap<Snapshot>,
+    /// Evidence for early drops.
+    pub refusals: Refusals,
+    /// 0, [`DRAIN`] or [`STOP`]; cores follow within a tick.
+    level: AtomicU8,
+    /// Each core's counters and access log.
+    pub cores: Vec<Arc<CoreShared>>,
+}
+
+impl Shared {
+    /// The state of a gateway that starts with this configuration.
+    pub fn new(snapshot: Snapshot, cores: usize) -> Shared {
+        Shared {
+            snapshot: ArcSwap::from_pointee(snapshot),
+            refusals: Refusals::default(),
+            level: AtomicU8::new(0),
+            cores: (0..cores).map(|core| Arc::new(CoreShared::new(core))).collect(),
+        }
+    }
+
+    /// Raises the drain level.
+    pub fn raise(&self, level: u8) {
+        self.level.fetch_max(level, Ordering::Relaxed);
+    }
+
+    /// The drain level.
+    pub fn level(&self) -> u8 {
+        self.level.load(Ordering::Relaxed)
+    }
+}
+
+/// One core's world. Not `Send`: everything in it belongs to one thread.
+pub struct Core {
+    pub shared: Arc<Shared>,
+    pub telemetry: CoreTelemetry,
+    /// Connections to upstreams.
+    pub pool: RefCell<Pool>,
+    /// Follows [`Shared::level`].
+    pub drain: Signal,
+    /// Bytes of request bodies held now.
+    pub bodies_bytes: Cell<usize>,
+    /// Connections of clients open now.
+    pub connections: Cell<usize>,
+    /// Requests accepted and not ended: records to be written.
+    pub accounts_open: Cell<usize>,
+    /// Streams running now.
+    pub streams_open: Cell<usize>,
+    /// The empty name, so that a record without one costs no allocation.
+    pub empty: Arc<str>,
+    journal: RefCell<Journal>,
+    scratch: RefCell<Box<[u8]>>,
+    random: Random,
+    turn: Cell<u64>,
+}
+
+impl Core {
+    fn new(shared: Arc<Shared>, index: usize, journal: Journal) -> Rc<Core> {
+        Rc::new(Core {
+            telemetry: CoreTelemetry::with_shared(shared.cores[index].clone()),
+            shared,
+            pool: RefCell::default(),
+            drain: Signal::default(),
+            bodies_bytes: Cell::new(0),
+            connections: Cell::new(0),
+            accounts_open: Cell::new(0),
+            streams_open: Cell::new(0),
+            empty: Arc::from(""),
+            journal: RefCell::new(journal),
+            scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),
+            random: Random::seeded(),
+            turn: Cell::new(0),
+        })
+    }
+
+    /// The configuration in force now.
+    pub fn snapshot(&self) -> Arc<Snapshot> {
+        self.shared.snapshot.load_full()
+    }
+
+    /// The core's buffer for receives, [`SCRATCH_BYTES`] long. Never to be held over a wait: the next task
+    /// wants it too, and would panic.
+    pub fn scratch(&self) -> RefMut<'_, [u8]> {
+        RefMut::map(self.scratch.borrow_mut(), |scratch| &mut scratch[..])
+    }
+
+    /// A new request's id.
+    pub fn next_id(&self) -> RequestId {
+        let mut random = [0; 10];
+        random[..8].copy_from_slice(&self.random.next().to_le_bytes());
+        random[8..].copy_from_slice(&self.random.next().to_le_bytes()[..2]);
+        RequestId::new(clock::unix_ms(), random)
+    }
+
+    /// A number below `below`, for weighted choices; 0 where `below` is 0.
+    pub fn chance(&self, below: u64) -> u64 {
+        self.random.next() % below.max(1)
+    }
+
+    /// A number that is one higher each time, to begin rotations with.
+    pub fn turn(&self) -> u64 {
+        self.turn.replace(self.turn.get().wrapping_add(1))
+    }
+
+    /// Whether a record can be written now. Work is not begun that could not be recorded.
+    pub fn books_are_open(&self) -> bool {
+        self.journal.borrow().room() > self.accounts_open.get()
+    }
+
+    /// Writes a record. Admission has kept room for it; a failure would be lost and is counted.
+    pub fn append(&self, record: &Record) {
+        if self.journal.borrow_mut().append(record).is_err() {
+            self.telemetry.counters().ledger_full.inc();
+        }
+    }
+
+    /// Notes that a client was refused; a client's fault counts against its address.
+    pub fn note_refusal(&self, client: IpAddr, error: &Error) {
+        let reason = match error.kind {
+            Kind::Unauthenticated => Refusal::Unauthenticated,
+            Kind::Forbidden => Refusal::Forbidden,
+            Kind::RateLimited => Refusal::RateLimited,
+            Kind::BodyTooLarge => Refusal::TooLarge,
+            Kind::NotFound => Refusal::NotFound,
+            _ if error.kind.source() == Source::Client => Refusal::BadRequest,
+            _ => Refusal::Overloaded,
+        };
+        self.telemetry.counters().refuse(reason);
+        if error.kind.source() == Source::Client {
+            let rule = self.shared.snapshot.load().refusals;
+            self.shared.refusals.refused(client, &rule, clock::monotonic_ns());
+        }
+    }
+
+    /// Notes that a client's request was accepted: earlier refusals are forgiven.
+    pub fn note_accepted(&self, client: IpAddr) {
+        self.shared.refusals.accepted(client);
+    }
+}
+
+/// A small fast generator for ids and weighted choices: SplitMix64 (Steele, Lea, Flood 2014), seeded by the
+/// kernel. Not for secrets.
+struct Random(Cell<u64>);
+
+impl Random {
+    fn seeded() -> Random {
+        let mut seed = [0; 8];
+        // Without entropy the clock must do: ids stay unique by their time and by chance.
+        if getrandom::fill(&mut seed).is_err() {
+            seed = clock::monotonic_ns().to_le_bytes();
+        }
+        Random(Cell::new(u64::from_le_bytes(seed)))
+    }
+
+    fn next(&self) -> u64 {
+        let state = self.0.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
+        self.0.set(state);
+        let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+}

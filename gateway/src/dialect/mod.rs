@@ -1,6 +1,9 @@
 //! What each provider's API says: parse, build, per-event streams, usage fields.
 
 pub mod json;
+pub mod meter;
+pub mod request;
+pub mod usage;
 
 /// What a request asks for; told by its path.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +28,23 @@ impl Api {
             Api::Embeddings => "embeddings",
             Api::Responses => "responses",
         }
+    }
+
+    /// Its path at the gateway and at upstreams.
+    pub fn path(self) -> &'static str {
+        match self {
+            Api::ChatCompletions => "/v1/chat/completions",
+            Api::Completions => "/v1/completions",
+            Api::Embeddings => "/v1/embeddings",
+            Api::Responses => "/v1/responses",
+        }
+    }
+
+    /// The API at a path.
+    pub fn of_path(path: &[u8]) -> Option<Api> {
+        [Api::ChatCompletions, Api::Completions, Api::Embeddings, Api::Responses]
+            .into_iter()
+            .find(|api| api.path().as_bytes() == path)
     }
 
     /// The inverse of `self as u8`.

@@ -1,3 +1,224 @@
-//! The books: one record for every accepted request, on disk before the answer's last byte leaves.
+//! The books: one record for every accepted request, in the journal before the answer's last byte
+//! leaves.
+//!
+//! Each core appends to its own [`Journal`]: segment files, mapped, so that an append is a copy into
+//! memory that outlives the process. One thread, the [`Ledger`]'s, makes the segments beforehand,
+//! brings them to the disk, and folds them into the sums of `usage.db`. In the state directory:
+//!
+//! ```text
+//! lock                       held by the running gateway, which wrote its process id into it
+//! usage.db                   sums by day and group, and how far each segment is in them
+//! journal/0-0000000001.seg   records of core 0; kept, when folded, up to `ledger.keep` bytes
+//! ```
 
+mod archive;
+mod journal;
+pub mod read;
 pub mod record;
+mod replay;
+mod segment;
+mod store;
+pub mod totals;
+mod worker;
+
+use std::{
+    fs::{DirBuilder, File, OpenOptions, TryLockError},
+    io::{self, Read, Write},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering, mpsc},
+    thread::JoinHandle,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context, bail};
+
+pub use self::{
+    journal::{Full, Journal},
+    totals::Counters,
+};
+use self::{
+    totals::Totals,
+    worker::{Command, Worker},
+};
+use crate::config::schema;
+
+/// Name of the journal's directory in the state directory.
+const JOURNAL: &str = "journal";
+/// Name of the file that the running gateway locks.
+const LOCK: &str = "lock";
+
+/// How long [`Ledger::flush`] waits.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The ledger's thread, as the control plane sees it. Dropping it folds and syncs what is there, and
+/// ends the thread; drop the journals first, so that nothing comes later.
+#[derive(Debug)]
+pub struct Ledger {
+    commands: mpsc::Sender<Command>,
+    public: Arc<Public>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// The state of the ledger.
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+pub struct LedgerStatus {
+    /// Records appended since start.
+    pub records: u64,
+    /// Those of them that are in the sums.
+    pub folded: u64,
+    /// Records of earlier runs that were put into the sums at start.
+    pub replayed: u64,
+    /// Records for which the journal was full.
+    pub refused: u64,
+    /// Journal bytes that a power cut would take now.
+    pub unsynced_bytes: u64,
+    /// Segment files, those that wait included.
+    pub segments: u64,
+    /// Size of the folded segments that are kept.
+    pub archive_bytes: u64,
+    /// Places in segments where no whole record stands, found since start.
+    pub torn: u64,
+    /// Failed operations on files and the database since start. All but those on start are tried again.
+    pub io_errors: u64,
+    pub last_error: Option<String>,
+}
+
+/// What the ledger's thread shows.
+#[derive(Debug, Default)]
+struct Public {
+    journals: Vec<Arc<journal::Shared>>,
+    status: Mutex<LedgerStatus>,
+    totals: Mutex<Totals>,
+}
+
+impl Ledger {
+    /// Opens the state directory (making it, mode 0700), puts what an earlier run left into the
+    /// sums, and returns one journal for each of `cores`, in their order.
+    ///
+    /// # Errors
+    /// Where the directory is in use by another gateway, cannot be written, or its database is damaged.
+    pub fn start(config: &schema::Ledger, cores: usize) -> anyhow::Result<(Ledger, Vec<Journal>)> {
+        let state = config.path.as_path();
+        make_directory(state)?;
+        let lock = lock(state)?;
+        let journal = state.join(JOURNAL);
+        make_directory(&journal)?;
+        let (mut worker, journals) = Worker::open(config, journal, lock, cores)
+            .with_context(|| format!("cannot open the ledger in {}", state.display()))?;
+        let public = worker.public();
+        let (commands, inbox) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("ledger".into())
+            .spawn(move || worker.run(&inbox))
+            .context("cannot start the ledger's thread")?;
+        let ledger = Ledger {
+            commands,
+            public,
+            thread: Some(thread),
+        };
+        Ok((ledger, journals))
+    }
+
+    /// The ledger's state; what is not a number of records is up to one turn of its thread old.
+    pub fn status(&self) -> LedgerStatus {
+        let mut status = self
+            .public
+            .status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        for journal in &self.public.journals {
+            status.records += journal.appended.load(Ordering::Relaxed);
+            status.refused += journal.refused.load(Ordering::Relaxed);
+        }
+        if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
+            status.last_error = Some("the ledger's thread has ended".into());
+        }
+        status
+    }
+
+    /// Sums since start by key and model, in their order, of what is folded. Bounded: what comes after
+    /// [`crate::bounds::USAGE_LABELS_MAX`] pairs is summed as (`other`, `other`).
+    pub fn totals(&self) -> Vec<(String, String, Counters)> {
+        self.public
+            .totals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .list()
+    }
+
+    /// Folds and syncs what was appended before this call, and waits for it, at most 10 s.
+    ///
+    /// # Errors
+    /// What stood in the way; the records are safe in the journal nonetheless.
+    pub fn flush(&self) -> anyhow::Result<()> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.commands
+            .send(Command::Flush(reply))
+            .context("the ledger's thread has ended")?;
+        match answer.recv_timeout(FLUSH_TIMEOUT) {
+            Ok(result) => result.map_err(anyhow::Error::msg),
+            Err(_) => bail!("the ledger did not flush within {} s", FLUSH_TIMEOUT.as_secs()),
+        }
+    }
+}
+
+impl Drop for Ledger {
+    fn drop(&mut self) {
+        // A thread that is gone already takes no command and is joined at once.
+        let _ = self.commands.send(Command::Stop);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Makes a directory that only its owner may enter. One that exists is left as it is.
+fn make_directory(path: &Path) -> anyhow::Result<()> {
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .with_context(|| format!("cannot make the directory {}", path.display()))
+}
+
+/// Locks the state directory for this process, for as long as the file is open.
+fn lock(state: &Path) -> anyhow::Result<File> {
+    let path: PathBuf = state.join(LOCK);
+    let attempt = || -> io::Result<Option<File>> {
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+        file.set_len(0)?;
+        writeln!(file, "{}", std::process::id())?;
+        Ok(Some(file))
+    };
+    if let Some(file) = attempt().with_context(|| format!("cannot lock {}", path.display()))? {
+        return Ok(file);
+    }
+    let mut holder = String::new();
+    // Best effort: the holder may be about to write it.
+    let _ = File::open(&path).and_then(|file| file.take(32).read_to_string(&mut holder));
+    let holder = match holder.trim() {
+        "" => "another gateway".to_owned(),
+        pid => format!("another gateway (process {pid})"),
+    };
+    bail!("the state directory {} is in use by {holder}", state.display());
+}
+
+/// Now. Used for names and reports; nothing depends on its going forwards.
+fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
+}

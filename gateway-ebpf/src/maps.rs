@@ -1,0 +1,66 @@
+//! The maps, and how counters in them are raised. Names and bounds: `gateway_common`.
+
+use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, ReusePortSockArray},
+    macros::btf_map,
+};
+use gateway_common::{
+    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, GROUPS_MAX, Listeners, PORTS_MAX,
+    Settings, Totals,
+};
+
+const SOCKETS_MAX: usize = (GROUPS_MAX * CORES_MAX) as usize;
+
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+#[btf_map]
+pub static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
+
+#[btf_map]
+pub static BLOCKS: LruHashMap<ClientKey, Block, { BLOCKS_MAX as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub static CLIENTS: LruHashMap<ClientKey, Client, { CLIENTS_MAX as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub static GROUPS: HashMap<u64, Listeners, SOCKETS_MAX> = HashMap::new();
+
+#[btf_map]
+pub static SOCKETS: ReusePortSockArray<SOCKETS_MAX> = ReusePortSockArray::new();
+
+#[btf_map]
+pub static CPU_CORES: Array<u32, { CPUS_MAX as usize }> = Array::new();
+
+#[btf_map]
+pub static LOADS: Array<u64, { CORES_MAX as usize }> = Array::new();
+
+#[btf_map]
+pub static PORTS: HashMap<u32, u32, { PORTS_MAX as usize }> = HashMap::new();
+
+/// Adds to a counter in a map.
+///
+/// Atomic also for per-CPU values: `sock_ops` may run in a process's context and be interrupted by a packet's. Relaxed
+/// and with its result unused, it becomes the plain atomic add that the JITs of 5.15 know (arm64 has no fetching
+/// form before 5.18). An intrinsic because `AtomicU64::fetch_add` is not offered on this target, which has no compare-and-swap.
+#[inline(always)]
+pub fn add(counter: *mut u64, count: u64) {
+    // SAFETY: callers pass a pointer to an aligned field of a live map value, which the verifier checks again.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, count) };
+}
+
+/// Raises one field of this CPU's [`Totals`].
+macro_rules! count {
+    ($field:ident) => {
+        count!($field, 1)
+    };
+    ($field:ident, $count:expr) => {
+        if let Some(totals) = $crate::maps::TOTALS.get_ptr_mut(0) {
+            // SAFETY: a live value of the map; only the address of the field is taken.
+            $crate::maps::add(unsafe { &raw mut (*totals).$field }, $count);
+        }
+    };
+}
+pub(crate) use count;

@@ -1,0 +1,370 @@
+//! Reads along with a stream of server-sent events: counts, finds the usage, takes out what the client did not
+//! ask for. Sees every byte once, parses only the event that tells the usage, and keeps nothing but the part of
+//! an event that a read has cut.
+
+use std::ops::Range;
+
+use memchr::memmem;
+
+use super::{Api, Usage, usage};
+use crate::{bounds::EVENT_BYTES_MAX, http::sse};
+
+/// How much of an event that is too long to be kept is looked at: its end, where the usage stands.
+const TAIL_BYTES: usize = 64 * 1024;
+
+/// A carry buffer that grew over this is given back when its event is done.
+const CARRY_KEPT_BYTES: usize = 16 * 1024;
+
+/// Bytes of text that make a token, by rule of thumb (platform.openai.com/tokenizer).
+const TEXT_BYTES_PER_TOKEN: u64 = 4;
+
+/// What is known of one stream.
+pub struct Meter {
+    api: Api,
+    /// Take the usage event out. Then an event is passed on when it is whole, otherwise at once.
+    hide_usage: bool,
+    framer: sse::Framer,
+    /// The part of an event that came before this read.
+    carry: Vec<u8>,
+    /// Whole events that were carried, to be sent before what is forwarded of the read itself.
+    ready: Vec<u8>,
+    /// The event is longer than [`EVENT_BYTES_MAX`]; `carry` holds its latest part only.
+    is_long: bool,
+    /// Joins the data of an event with several `data:` lines.
+    joined: Vec<u8>,
+    pub seen: Seen,
+}
+
+/// What a stream has told so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// The last usage told.
+    pub usage: Option<Usage>,
+    /// Events with content: one token each with most servers, more with some.
+    pub events: u64,
+    /// Bytes of these events.
+    pub bytes: u64,
+    /// The smallest of them, which is nearly all envelope.
+    pub smallest: u64,
+    /// The stream's proper last event came.
+    pub done: bool,
+    /// An error came as an event.
+    pub failed: bool,
+}
+
+impl Seen {
+    /// Output tokens delivered, for a stream that never told its usage: one for each event, or what the bytes
+    /// beyond the envelopes make, whichever is more.
+    pub fn tokens_estimated(&self) -> u64 {
+        let text_bytes = self.bytes - self.events * self.smallest;
+        self.events.max(text_bytes / TEXT_BYTES_PER_TOKEN)
+    }
+}
+
+impl Meter {
+    /// A meter for a new stream.
+    pub fn new(api: Api, hide_usage: bool) -> Meter {
+        Meter {
+            api,
+            hide_usage,
+            framer: sse::Framer::default(),
+            carry: Vec::new(),
+            ready: Vec::new(),
+            is_long: false,
+            joined: Vec::new(),
+            seen: Seen::default(),
+        }
+    }
+
+    /// Reads what came. To be sent are first [`Meter::ready`], then the returned part of `payload`, from which
+    /// hidden events have been cut.
+    pub fn feed(&mut self, payload: &mut [u8]) -> Range<usize> {
+        self.ready.clear();
+        if self.hide_usage { self.feed_holding(payload) } else { self.feed_passing(payload) }
+    }
+
+    /// Events that were carried over from earlier reads and are whole now.
+    pub fn ready(&self) -> &[u8] {
+        &self.ready
+    }
+
+    /// The stream has ended: what was held back of an event that lacks its empty line, to be sent last.
+    pub fn finish(&mut self) -> Vec<u8> {
+        let rest = std::mem::take(&mut self.carry);
+        let shown = rest.is_empty() || self.look(&rest);
+        if self.hide_usage && !self.is_long && shown { rest } else { Vec::new() }
+    }
+
+    /// Whether the client has been sent a part of an event whose rest has not come.
+    pub fn is_mid_event(&self) -> bool {
+        !self.carry.is_empty() && (!self.hide_usage || self.is_long)
+    }
+
+    fn feed_passing(&mut self, payload: &[u8]) -> Range<usize> {
+        let mut from = 0;
+        while let Some(length) = self.framer.next_end(&payload[from..]) {
+            let event = &payload[from..from + length];
+            if self.carry.is_empty() {
+                self.look(event);
+            } else {
+                self.look_carried(event);
+                self.reset_carry();
+            }
+            from += length;
+        }
+        self.carry_over(&payload[from..]);
+        0..payload.len()
+    }
+
+    fn feed_holding(&mut self, payload: &mut [u8]) -> Range<usize> {
+        let (mut from, mut kept) = (0, 0..0);
+        while let Some(length) = self.framer.next_end(&payload[from..]) {
+            let event = from..from + length;
+            from = event.end;
+            if self.carry.is_empty() {
+                if !self.look(&payload[event.clone()]) {
+                    continue;
+                }
+                if kept.is_empty() {
+                    kept = event;
+                } else if kept.end == event.start {
+                    kept.end = event.end;
+                } else {
+                    payload.copy_within(event, kept.end);
+                    kept.end += length;
+                }
+                continue;
+            }
+            let was_long = self.is_long;
+            let shown = self.look_carried(&payload[event.clone()]);
+            if was_long {
+                // Its beginning has been passed on already.
+                self.ready.extend_from_slice(&payload[event]);
+            } else if shown {
+                std::mem::swap(&mut self.ready, &mut self.carry);
+            }
+            self.reset_carry();
+        }
+        if kept.is_empty() {
+            self.hold_back(&payload[from..]);
+        } else {
+            // What goes through `ready` would overtake `kept`: hold this part whatever its length.
+            self.carry.extend_from_slice(&payload[from..]);
+        }
+        kept
+    }
+
+    /// Keeps the beginning of an event until it is whole, or passes it on where it grows too long.
+    fn hold_back(&mut self, part: &[u8]) {
+        let was_long = self.is_long;
+        let held = self.carry.len();
+        if !was_long && held + part.len() > EVENT_BYTES_MAX {
+            self.ready.extend_from_slice(&self.carry);
+        }
+        self.carry_over(part);
+        if self.is_long {
+            self.ready.extend_from_slice(part);
+        }
+    }
+
+    fn carry_over(&mut self, part: &[u8]) {
+        self.carry.extend_from_slice(part);
+        if self.carry.len() > EVENT_BYTES_MAX {
+            self.is_long = true;
+        }
+        if self.is_long && self.carry.len() > 2 * TAIL_BYTES {
+            self.carry.drain(..self.carry.len() - TAIL_BYTES);
+        }
+    }
+
+    fn reset_carry(&mut self) {
+        self.is_long = false;
+        self.carry.clear();
+        if self.carry.capacity() > CARRY_KEPT_BYTES {
+            self.carry = Vec::new();
+        }
+    }
+
+    /// Looks at the event of which `last` is the end and `carry` the beginning. False: hide it.
+    fn look_carried(&mut self, last: &[u8]) -> bool {
+        self.carry.extend_from_slice(last);
+        let carry = std::mem::take(&mut self.carry);
+        let shown = if self.is_long {
+            self.seen.usage = usage::find_in_tail(&carry).or(self.seen.usage);
+            self.count(carry.len());
+            true
+        } else {
+            self.look(&carry)
+        };
+        self.carry = carry;
+        shown
+    }
+
+    /// Looks at one whole event. False: hide it.
+    fn look(&mut self, event: &[u8]) -> bool {
+        if usage::may_have_usage(event) && self.look_for_usage(event) {
+            return false;
+        }
+        match self.api {
+            Api::Responses => self.look_responses(event),
+            _ => self.look_chat(event),
+        }
+        true
+    }
+
+    /// Takes the usage of an event; true when it tells nothing else and is to be hidden.
+    fn look_for_usage(&mut self, event: &[u8]) -> bool {
+        let data = sse::data(event, &mut self.joined);
+        if let Some(usage) = usage::find(self.api, data) {
+            self.seen.usage = Some(usage);
+        }
+        self.hide_usage && usage::is_usage_only(data)
+    }
+
+    fn look_chat(&mut self, event: &[u8]) {
+        const DONE_BYTES_MAX: usize = 24;
+        let Some(data) = event.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start) else {
+            // A comment, a named event, or nothing: not a chunk, unless a server writes `event:` first.
+            if memmem::find(event, b"\ndata:").is_some() {
+                self.count(event.len());
+            }
+            return;
+        };
+        if event.len() <= DONE_BYTES_MAX && data.starts_with(b"[DONE]") {
+            self.seen.done = true;
+        } else if data.starts_with(b"{\"error\"") {
+            self.seen.failed = true;
+        } else {
+            self.count(event.len());
+        }
+    }
+
+    fn look_responses(&mut self, event: &[u8]) {
+        let Some(name) = event.strip_prefix(b"event:").map(<[u8]>::trim_ascii_start) else { return };
+        let name = name.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default();
+        match name {
+            b"response.completed" | b"response.incomplete" => self.seen.done = true,
+            b"response.failed" | b"error" => (self.seen.done, self.seen.failed) = (true, true),
+            _ if name.ends_with(b".delta") => self.count(event.len()),
+            _ => {}
+        }
+    }
+
+    fn count(&mut self, bytes: usize) {
+        let bytes = bytes as u64;
+        let seen = &mut self.seen;
+        seen.smallest = if seen.events == 0 { bytes } else { seen.smallest.min(bytes) };
+        seen.events += 1;
+        seen.bytes += bytes;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hello\"}}],\"usage\":null}\n\n";
+    const USAGE: &str = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\n";
+    const DONE: &str = "data: [DONE]\n\n";
+    const TOLD: Usage = Usage { prompt: 3, cached: 0, completion: 2, reasoning: 0 };
+
+    /// What a client receives when the stream comes in the given pieces.
+    fn relay(meter: &mut Meter, pieces: &[&[u8]]) -> String {
+        let mut out = Vec::new();
+        for piece in pieces {
+            let mut piece = piece.to_vec();
+            let range = meter.feed(&mut piece);
+            out.extend_from_slice(meter.ready());
+            out.extend_from_slice(&piece[range]);
+        }
+        out.extend_from_slice(&meter.finish());
+        String::from_utf8(out).expect("text")
+    }
+
+    fn stream() -> String {
+        format!("{CHUNK}: keep-alive\n\n{CHUNK}{USAGE}{DONE}")
+    }
+
+    #[test]
+    fn passes_everything_where_the_client_asked_for_usage() {
+        for size in 1..=stream().len() {
+            let mut meter = Meter::new(Api::ChatCompletions, false);
+            let bytes = stream();
+            let pieces: Vec<&[u8]> = bytes.as_bytes().chunks(size).collect();
+            assert_eq!(relay(&mut meter, &pieces), stream());
+            assert_eq!(meter.seen.usage, Some(TOLD));
+            assert!(meter.seen.done && !meter.seen.failed);
+        }
+    }
+
+    #[test]
+    fn hides_the_usage_event_at_every_cut() {
+        for line_end in ["\n", "\r\n", "\r"] {
+            let bytes = stream().replace('\n', line_end);
+            let expected = bytes.replace(&USAGE.replace('\n', line_end), "");
+            for size in 1..=bytes.len() {
+                let mut meter = Meter::new(Api::ChatCompletions, true);
+                let pieces: Vec<&[u8]> = bytes.as_bytes().chunks(size).collect();
+                assert_eq!(relay(&mut meter, &pieces), expected, "pieces of {size}");
+                assert_eq!(meter.seen.usage, Some(TOLD));
+                assert_eq!(meter.seen.events, 2);
+            }
+        }
+    }
+
+    #[test]
+    fn a_usage_event_without_its_empty_line_is_hidden_too() {
+        let bytes = format!("{CHUNK}{}", USAGE.trim_end());
+        let mut meter = Meter::new(Api::ChatCompletions, true);
+        assert_eq!(relay(&mut meter, &[bytes.as_bytes()]), CHUNK);
+        assert_eq!(meter.seen.usage, Some(TOLD));
+    }
+
+    #[test]
+    fn an_event_that_is_too_long_is_passed_on_in_order() {
+        let long = format!("data: {{\"x\":\"{}\",\"usage\":{{\"prompt_tokens\":9}}}}\n\n", "y".repeat(3 << 20));
+        let bytes = format!("{CHUNK}{long}{CHUNK}{USAGE}");
+        for hide in [false, true] {
+            for size in [1000, 64 << 10, 1 << 20, 2 << 20, 5 << 20] {
+                let mut meter = Meter::new(Api::ChatCompletions, hide);
+                let pieces: Vec<&[u8]> = bytes.as_bytes().chunks(size).collect();
+                let expected = if hide { bytes.replace(USAGE, "") } else { bytes.clone() };
+                assert!(relay(&mut meter, &pieces) == expected, "hide {hide}, pieces of {size}");
+                assert!(meter.carry.capacity() <= CARRY_KEPT_BYTES);
+                assert_eq!(meter.seen.usage, Some(TOLD));
+            }
+        }
+    }
+
+    #[test]
+    fn sees_errors_and_ends() {
+        let mut meter = Meter::new(Api::ChatCompletions, true);
+        relay(&mut meter, &[b"data: {\"error\":{\"message\":\"no\"}}\n\n"]);
+        assert!(meter.seen.failed && !meter.seen.done);
+        let mut meter = Meter::new(Api::Responses, false);
+        let stream = b"event: response.output_text.delta\ndata: {\"delta\":\"a\"}\n\nevent: response.completed\n\
+            data: {\"response\":{\"usage\":{\"input_tokens\":3,\"output_tokens\":2}}}\n\n";
+        relay(&mut meter, &[stream]);
+        assert_eq!((meter.seen.usage, meter.seen.events, meter.seen.done), (Some(TOLD), 1, true));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_in_any_pieces(bytes in prop::collection::vec(prop::sample::select(
+            b"data: {}\"usge\r\n:[]DONE".to_vec()), 0..300), cuts in prop::collection::vec(1usize..40, 1..20), hide: bool) {
+            let mut meter = Meter::new(Api::ChatCompletions, hide);
+            let mut pieces = Vec::new();
+            let mut rest = &bytes[..];
+            for cut in cuts.iter().cycle() {
+                if rest.is_empty() { break; }
+                let (piece, after) = rest.split_at((*cut).min(rest.len()));
+                pieces.push(piece);
+                rest = after;
+            }
+            let mut whole = Meter::new(Api::ChatCompletions, hide);
+            prop_assert_eq!(relay(&mut meter, &pieces), relay(&mut whole, &[&bytes]));
+            prop_assert_eq!(meter.seen, whole.seen);
+        }
+    }
+}

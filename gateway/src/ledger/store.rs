@@ -1,0 +1,400 @@
+//! `usage.db`: sums by day and group, and how far each segment is in them.
+//!
+//! Both change in one transaction, so that a record is counted once wherever the process dies. The
+//! database can be made anew from the segments that are kept: remove it while the gateway is stopped.
+
+use std::{
+    collections::HashMap,
+    fs::OpenOptions,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior, params};
+
+use super::{
+    segment::Name,
+    totals::{Counters, Group, Sums},
+};
+use crate::dialect::Api;
+
+/// Name of the database in the state directory.
+pub const FILE: &str = "usage.db";
+
+/// Version of the tables, `PRAGMA user_version`.
+const TABLES_VERSION: i64 = 1;
+
+/// How long a lock that another process holds (a backup, an operator's shell) is waited for.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
+
+const TABLES: &str = "
+CREATE TABLE rollup (
+    day               INTEGER NOT NULL, -- days since 1970-01-01, UTC
+    key               TEXT NOT NULL,
+    team              TEXT NOT NULL,
+    model             TEXT NOT NULL,
+    provider          TEXT NOT NULL,
+    upstream_model    TEXT NOT NULL,
+    api               INTEGER NOT NULL,
+    requests          INTEGER NOT NULL,
+    completed         INTEGER NOT NULL,
+    client_gone       INTEGER NOT NULL,
+    failed            INTEGER NOT NULL,
+    estimated         INTEGER NOT NULL,
+    prompt_tokens     INTEGER NOT NULL,
+    cached_tokens     INTEGER NOT NULL,
+    completion_tokens INTEGER NOT NULL,
+    reasoning_tokens  INTEGER NOT NULL,
+    bytes_in          INTEGER NOT NULL,
+    bytes_out         INTEGER NOT NULL,
+    PRIMARY KEY (day, key, team, model, provider, upstream_model, api)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE segment (
+    core     INTEGER NOT NULL,
+    seq      INTEGER NOT NULL,
+    id       INTEGER NOT NULL, -- of the segment's header
+    position INTEGER NOT NULL, -- bytes from the start that are in the rollup
+    done     INTEGER NOT NULL, -- 1: nothing more will come
+    PRIMARY KEY (core, seq)
+) STRICT, WITHOUT ROWID;
+-- Segments of a core up to this one are in the rollup and may be gone.
+CREATE TABLE removed (
+    core INTEGER PRIMARY KEY,
+    seq  INTEGER NOT NULL
+) STRICT;
+";
+
+/// How far a segment is in the rollup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    pub name: Name,
+    /// Of the segment's header: a position counts for no other file of the same name.
+    pub id: u64,
+    /// Bytes from the segment's start.
+    pub bytes: usize,
+    /// Whether nothing more will come.
+    pub done: bool,
+}
+
+/// What the database knows of all segments.
+#[derive(Debug, Default, Clone)]
+pub struct Positions {
+    by_name: HashMap<Name, Position>,
+    removed: HashMap<u32, u64>,
+}
+
+impl Positions {
+    /// How far the segment is. One that was done and removed is done, wherever its file may still be.
+    pub fn of(&self, name: Name, id: u64) -> Position {
+        if self.removed.get(&name.core).is_some_and(|seq| name.seq <= *seq) {
+            let bytes = usize::MAX;
+            return Position {
+                name,
+                id,
+                bytes,
+                done: true,
+            };
+        }
+        match self.by_name.get(&name) {
+            Some(position) if position.id == id => *position,
+            _ => Position {
+                name,
+                id,
+                bytes: 0,
+                done: false,
+            },
+        }
+    }
+
+    /// Whether the segment was done and could be removed.
+    pub fn removed(&self, name: Name) -> bool {
+        self.removed.get(&name.core).is_some_and(|seq| name.seq <= *seq)
+    }
+
+    /// Whether nothing more will come from a segment of this name.
+    pub fn done(&self, name: Name) -> bool {
+        self.by_name.get(&name).is_some_and(|position| position.done)
+    }
+
+    /// The greatest sequence number known of a core.
+    pub fn seq_max(&self, core: u32) -> u64 {
+        let known = self
+            .by_name
+            .keys()
+            .filter(|name| name.core == core)
+            .map(|name| name.seq);
+        known.chain(self.removed.get(&core).copied()).max().unwrap_or(0)
+    }
+}
+
+/// The database, open for writing.
+#[derive(Debug)]
+pub struct Store {
+    connection: Connection,
+    /// Ends [`Store::fold`] just before its commit, as a crash would.
+    #[cfg(test)]
+    pub fail_before_commit: bool,
+}
+
+impl Store {
+    /// Opens the database in `state`, or makes it (mode 0600).
+    ///
+    /// # Errors
+    /// Where it cannot be opened, is damaged, or is of a newer gateway.
+    pub fn open(state: &Path) -> anyhow::Result<Store> {
+        let path = state.join(FILE);
+        // SQLite gives its side files the mode of the main file, which must thus be right from the start.
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(&path)
+            .with_context(|| format!("cannot open {}", path.display()))?;
+        let connection = prepare(&path).with_context(|| {
+            let path = path.display();
+            format!("cannot use {path} (moved away, it is made again from the segments that are kept)")
+        })?;
+        Ok(Store {
+            connection,
+            #[cfg(test)]
+            fail_before_commit: false,
+        })
+    }
+
+    /// Adds `sums` to the rollup and sets `positions`, all or nothing.
+    pub fn fold(&mut self, sums: &Sums, positions: &[Position]) -> rusqlite::Result<()> {
+        let transaction = self
+            .connection
+            .transaction_with_behavior(TransactionBehavior::Immediate)?;
+        add_sums(&transaction, sums)?;
+        for position in positions {
+            transaction
+                .prepare_cached(
+                    "INSERT OR REPLACE INTO segment (core, seq, id, position, done) VALUES (?, ?, ?, ?, ?)",
+                )?
+                .execute(params![
+                    position.name.core,
+                    to_sql(position.name.seq),
+                    position.id as i64,
+                    position.bytes as i64,
+                    position.done
+                ])?;
+        }
+        #[cfg(test)]
+        if self.fail_before_commit {
+            return Err(rusqlite::Error::QueryReturnedNoRows);
+        }
+        transaction.commit()
+    }
+
+    /// Notes, durably, that a segment and all before it of its core are in the rollup for good. Its
+    /// file may be removed when this has returned.
+    pub fn remove(&mut self, name: Name) -> rusqlite::Result<()> {
+        // The file must not be gone from the disk before the sums are on it: this commit, and with it
+        // the write-ahead log's earlier ones, is synced.
+        self.connection.pragma_update(None, "synchronous", "FULL")?;
+        let result = (|| {
+            let transaction = self
+                .connection
+                .transaction_with_behavior(TransactionBehavior::Immediate)?;
+            transaction.execute(
+                "INSERT INTO removed (core, seq) VALUES (?1, ?2) ON CONFLICT (core) DO UPDATE SET seq = max(seq, ?2)",
+                params![name.core, to_sql(name.seq)],
+            )?;
+            transaction.execute(
+                "DELETE FROM segment WHERE core = ? AND seq <= ?",
+                params![name.core, to_sql(name.seq)],
+            )?;
+            transaction.commit()
+        })();
+        self.connection.pragma_update(None, "synchronous", "NORMAL")?;
+        result
+    }
+
+    /// How far the segments are.
+    pub fn positions(&self) -> rusqlite::Result<Positions> {
+        positions(&self.connection)
+    }
+
+    /// The sums of all groups.
+    #[cfg(test)]
+    pub fn rollup(&self) -> rusqlite::Result<Vec<(Group, Counters)>> {
+        rollup(&self.connection, 0)
+    }
+}
+
+/// Positions and sums of one moment, of days from `day_min` on. Works while a gateway writes, and
+/// when none runs; `None` where there is no database yet.
+pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<(Positions, Vec<(Group, Counters)>)>> {
+    let path: PathBuf = state.join(FILE);
+    if !path
+        .try_exists()
+        .with_context(|| format!("cannot look for {}", path.display()))?
+    {
+        return Ok(None);
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let read = || -> rusqlite::Result<_> {
+        let mut connection = Connection::open_with_flags(&path, flags)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        let transaction = connection.transaction()?;
+        // A gateway that has just begun may not have made the tables yet.
+        let tables: i64 = transaction.pragma_query_value(None, "user_version", |row| row.get(0))?;
+        if tables == 0 {
+            return Ok(None);
+        }
+        if tables > TABLES_VERSION {
+            return Ok(Some((tables, Positions::default(), Vec::new())));
+        }
+        Ok(Some((
+            tables,
+            positions(&transaction)?,
+            rollup(&transaction, day_min)?,
+        )))
+    };
+    match read().with_context(|| format!("cannot read {}", path.display()))? {
+        Some((tables, ..)) if tables > TABLES_VERSION => bail!(newer(tables)),
+        Some((_, positions, rollup)) => Ok(Some((positions, rollup))),
+        None => Ok(None),
+    }
+}
+
+fn newer(version: i64) -> String {
+    format!("the database is of a newer gateway (tables {version}, known here: {TABLES_VERSION})")
+}
+
+fn prepare(path: &Path) -> anyhow::Result<Connection> {
+    let mut connection = Connection::open(path)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.pragma_update(None, "journal_mode", "WAL")?;
+    // A power cut may then undo the last transactions, sums and positions together; what they had
+    // folded is folded again.
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    match version {
+        TABLES_VERSION => {}
+        0 => {
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            transaction.execute_batch(TABLES)?;
+            transaction.pragma_update(None, "user_version", TABLES_VERSION)?;
+            transaction.commit()?;
+        }
+        _ => bail!(newer(version)),
+    }
+    Ok(connection)
+}
+
+fn add_sums(transaction: &Transaction<'_>, sums: &Sums) -> rusqlite::Result<()> {
+    if sums.groups().is_empty() {
+        return Ok(());
+    }
+    let mut statement = transaction.prepare_cached(&add_statement())?;
+    for (group, counters) in sums.groups() {
+        let mut place = 1;
+        let mut bind = |statement: &mut rusqlite::CachedStatement<'_>, value: &dyn rusqlite::ToSql| {
+            let result = statement.raw_bind_parameter(place, value);
+            place += 1;
+            result
+        };
+        bind(&mut statement, &group.day)?;
+        for name in [
+            &group.key,
+            &group.team,
+            &group.model,
+            &group.provider,
+            &group.upstream_model,
+        ] {
+            bind(&mut statement, name)?;
+        }
+        bind(&mut statement, &(group.api as u8))?;
+        for value in counters.to_array() {
+            bind(&mut statement, &to_sql(value))?;
+        }
+        statement.raw_execute()?;
+    }
+    Ok(())
+}
+
+/// Adds without overflow: an integer that overflows would become a floating point number.
+fn add_statement() -> String {
+    let names = Counters::NAMES;
+    let values = vec!["?"; 7 + Counters::COUNT].join(", ");
+    let sums = names.map(|name| {
+        format!(
+            "{name} = min({name}, {} - excluded.{name}) + excluded.{name}",
+            i64::MAX
+        )
+    });
+    format!(
+        "INSERT INTO rollup (day, key, team, model, provider, upstream_model, api, {}) VALUES ({values}) \
+         ON CONFLICT DO UPDATE SET {}",
+        names.join(", "),
+        sums.join(", ")
+    )
+}
+
+fn positions(connection: &Connection) -> rusqlite::Result<Positions> {
+    let mut positions = Positions::default();
+    let mut statement = connection.prepare("SELECT core, seq, id, position, done FROM segment")?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        let name = Name {
+            core: row.get(0)?,
+            seq: from_sql(row.get(1)?),
+        };
+        let position = Position {
+            name,
+            id: row.get::<_, i64>(2)? as u64,
+            bytes: from_sql(row.get(3)?) as usize,
+            done: row.get(4)?,
+        };
+        positions.by_name.insert(name, position);
+    }
+    let mut statement = connection.prepare("SELECT core, seq FROM removed")?;
+    let mut rows = statement.query([])?;
+    while let Some(row) = rows.next()? {
+        positions.removed.insert(row.get(0)?, from_sql(row.get(1)?));
+    }
+    Ok(positions)
+}
+
+fn rollup(connection: &Connection, day_min: u32) -> rusqlite::Result<Vec<(Group, Counters)>> {
+    let query = format!(
+        "SELECT day, key, team, model, provider, upstream_model, api, {} FROM rollup WHERE day >= ?",
+        Counters::NAMES.join(", ")
+    );
+    let mut statement = connection.prepare(&query)?;
+    let mut rows = statement.query([day_min])?;
+    let mut groups = Vec::new();
+    while let Some(row) = rows.next()? {
+        // An api that this gateway does not know can only be of a newer one.
+        let api = Api::from_u8(row.get(6)?)
+            .ok_or_else(|| rusqlite::Error::IntegralValueOutOfRange(6, row.get(6).unwrap_or(-1)))?;
+        let group = Group {
+            day: row.get(0)?,
+            key: row.get(1)?,
+            team: row.get(2)?,
+            model: row.get(3)?,
+            provider: row.get(4)?,
+            upstream_model: row.get(5)?,
+            api,
+        };
+        let mut values = [0; Counters::COUNT];
+        for (index, value) in values.iter_mut().enumerate() {
+            *value = from_sql(row.get(7 + index)?);
+        }
+        groups.push((group, Counters::from_array(values)));
+    }
+    Ok(groups)
+}
+
+/// SQLite's integers are signed.
+fn to_sql(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+fn from_sql(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}

@@ -1,0 +1,604 @@
+//! The ledger's thread: makes segments before they are needed, syncs, folds, and removes old ones.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fmt::Display,
+    fs::{self, File},
+    path::PathBuf,
+    sync::{Arc, PoisonError, atomic::AtomicU64, mpsc},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use crossbeam::queue::ArrayQueue;
+
+use super::{
+    Journal, Public,
+    archive::{Archive, Kept},
+    journal::{Blank, Shared},
+    replay::{self, Replayed},
+    segment::{self, FRAMES_AT, Found, Header, Name, TEMPORARY},
+    store::{Position, Positions, Store},
+    totals::Sums,
+    unix_ms,
+};
+use crate::{
+    bounds::{SEGMENT_BYTES, SEGMENTS_LIVE_MAX, SEGMENTS_READY},
+    config::schema,
+    net::mapped::{self, View},
+};
+
+/// Longest turn of the thread: how soon a segment that a core has taken is replaced.
+const TURN_MAX: Duration = Duration::from_millis(50);
+/// Shortest turn, for `ledger.sync: 0`.
+const TURN_MIN: Duration = Duration::from_millis(1);
+/// How often new records are folded.
+const FOLD_EVERY: Duration = Duration::from_millis(200);
+/// Journal bytes folded in one transaction.
+const FOLD_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// How long an operation that failed is left alone.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// The same trouble is logged once in this time.
+const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// What the thread can be told.
+#[derive(Debug)]
+pub enum Command {
+    /// Fold and sync, then say how it went.
+    Flush(mpsc::SyncSender<Result<(), String>>),
+    Stop,
+}
+
+/// A segment that a core writes to, may write to, or that is not wholly folded.
+#[derive(Debug)]
+struct Live {
+    header: Header,
+    path: PathBuf,
+    file: File,
+    view: View,
+    /// Bytes that are in the sums.
+    folded: usize,
+    /// Bytes that are on the disk.
+    synced: usize,
+}
+
+/// The journal of one core, as the thread sees it.
+#[derive(Debug)]
+struct Lane {
+    core: u32,
+    shared: Arc<Shared>,
+    next_seq: u64,
+    live: VecDeque<Live>,
+}
+
+/// The thread's state.
+#[derive(Debug)]
+pub struct Worker {
+    journal: PathBuf,
+    sync_every: Duration,
+    keep_bytes: u64,
+    /// Random, the same for all segments of this run.
+    run: u64,
+    lanes: Vec<Lane>,
+    store: Store,
+    archive: Archive,
+    public: Arc<Public>,
+    /// When each kind of trouble was logged last.
+    logged: HashMap<&'static str, Instant>,
+    next_sync: Instant,
+    next_fold: Instant,
+    next_refill: Instant,
+    /// Keeps other gateways out of the directory.
+    _lock: File,
+}
+
+impl Worker {
+    /// Replays what is in the directory and makes a first segment for each core.
+    pub fn open(
+        config: &schema::Ledger,
+        journal: PathBuf,
+        lock: File,
+        cores: usize,
+    ) -> anyhow::Result<(Worker, Vec<Journal>)> {
+        let mut store = Store::open(&config.path)?;
+        let replayed = replay::replay(&journal, &mut store)?;
+        let positions = store.positions().context("cannot read usage.db")?;
+        let lanes = lanes(cores, &replayed, &positions);
+        let public = Public {
+            journals: lanes.iter().map(|lane| lane.shared.clone()).collect(),
+            ..Public::default()
+        };
+        if let Ok(mut status) = public.status.lock() {
+            status.replayed = replayed.records;
+            status.torn = replayed.torn;
+        }
+        let now = Instant::now();
+        let mut worker = Worker {
+            journal,
+            sync_every: config.sync.0.max(TURN_MIN),
+            keep_bytes: config.keep.0,
+            run: random()?,
+            lanes,
+            store,
+            archive: replayed.archive,
+            public: Arc::new(public),
+            logged: HashMap::new(),
+            next_sync: now,
+            next_fold: now,
+            next_refill: now,
+            _lock: lock,
+        };
+        let mut journals = Vec::with_capacity(cores);
+        for index in 0..cores {
+            let active = worker.make_segment(index)?;
+            journals.push(Journal::new(active, worker.lanes[index].shared.clone()));
+        }
+        worker.show();
+        Ok((worker, journals))
+    }
+
+    /// What the thread shows to others.
+    pub fn public(&self) -> Arc<Public> {
+        self.public.clone()
+    }
+
+    /// The thread's life.
+    pub fn run(&mut self, inbox: &mpsc::Receiver<Command>) {
+        let turn = self.sync_every.min(TURN_MAX);
+        // The first turn is at once: the segments that wait are to be made.
+        let mut wait = Duration::ZERO;
+        loop {
+            match inbox.recv_timeout(wait) {
+                Err(mpsc::RecvTimeoutError::Timeout) => self.turn(Instant::now()),
+                Ok(Command::Flush(reply)) => {
+                    // Whoever asked may have given up waiting.
+                    let _ = reply.send(self.flush());
+                }
+                Ok(Command::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            }
+            self.show();
+            wait = turn;
+        }
+        self.finish();
+        self.show();
+    }
+
+    fn turn(&mut self, now: Instant) {
+        if now >= self.next_refill {
+            self.next_refill = match self.refill() {
+                Ok(()) => now,
+                Err(error) => self.trouble("cannot make a journal segment", &error),
+            };
+        }
+        if now >= self.next_sync {
+            self.next_sync = match self.sync() {
+                Ok(()) => now + self.sync_every,
+                Err(error) => self.trouble("cannot sync the journal", &error),
+            };
+        }
+        if now >= self.next_fold {
+            self.next_fold = match self.fold().and_then(|()| self.retire()) {
+                Ok(()) => now + FOLD_EVERY,
+                Err(error) => self.trouble("cannot fold the journal", &error),
+            };
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), String> {
+        let result = self
+            .sync()
+            .and_then(|()| self.fold())
+            .and_then(|()| self.retire());
+        result.map_err(|error| {
+            self.trouble("cannot flush the ledger", &error);
+            format!("{error:#}")
+        })
+    }
+
+    /// Brings all to rest. What cannot be done now is done by the next start.
+    fn finish(&mut self) {
+        for lane in &self.lanes {
+            while lane.shared.blanks.pop().is_some() {}
+        }
+        // An error is counted and logged by `flush`.
+        let _ = self.flush();
+    }
+
+    /// Fills the cores' queues of segments.
+    fn refill(&mut self) -> anyhow::Result<()> {
+        for index in 0..self.lanes.len() {
+            while !self.lanes[index].shared.blanks.is_full()
+                && self.lanes[index].live.len() < SEGMENTS_LIVE_MAX
+            {
+                let blank = self.make_segment(index)?;
+                // Full it cannot be: this thread alone fills it.
+                let _ = self.lanes[index].shared.blanks.push(blank);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a core's next segment. It has its name only when it is whole and on the disk.
+    fn make_segment(&mut self, index: usize) -> anyhow::Result<Blank> {
+        let lane = &mut self.lanes[index];
+        let name = Name {
+            core: lane.core,
+            seq: lane.next_seq,
+        };
+        // Also where it fails: no later attempt meets what this one could not remove.
+        lane.next_seq += 1;
+        let header = Header {
+            name,
+            id: random()?,
+            run: self.run,
+            created_unix_ms: unix_ms(),
+        };
+        let path = self.journal.join(name.file());
+        let unfinished = self.journal.join(name.file() + TEMPORARY);
+        let (file, appender, view) = mapped::create(&unfinished, SEGMENT_BYTES, &header.encode())
+            .with_context(|| format!("cannot make {}", unfinished.display()))?;
+        let named = fs::rename(&unfinished, &path).and_then(|()| File::open(&self.journal)?.sync_all());
+        if let Err(error) = named {
+            // One of the two names is there. Both are swept up at start if not now.
+            let _ = fs::remove_file(&unfinished);
+            let _ = fs::remove_file(&path);
+            return Err(error).with_context(|| format!("cannot make {}", path.display()));
+        }
+        lane.live.push_back(Live {
+            header,
+            path,
+            file,
+            view,
+            folded: FRAMES_AT,
+            synced: FRAMES_AT,
+        });
+        Ok(Blank {
+            id: header.id,
+            appender,
+        })
+    }
+
+    /// Brings what was appended to the disk.
+    fn sync(&mut self) -> anyhow::Result<()> {
+        for live in self.lanes.iter_mut().flat_map(|lane| &mut lane.live) {
+            let committed = live.view.committed_bytes();
+            if committed > live.synced {
+                live.file
+                    .sync_data()
+                    .with_context(|| format!("cannot sync {}", live.path.display()))?;
+                live.synced = committed;
+            }
+        }
+        Ok(())
+    }
+
+    /// Puts what was appended into the sums.
+    fn fold(&mut self) -> anyhow::Result<()> {
+        while self.fold_some()? {}
+        Ok(())
+    }
+
+    /// Folds up to about [`FOLD_BYTES_MAX`]; tells whether there may be more.
+    fn fold_some(&mut self) -> anyhow::Result<bool> {
+        let mut sums = Sums::default();
+        let mut positions = Vec::new();
+        let (mut bytes, mut records, mut torn) = (0, 0, 0);
+        for live in self.lanes.iter().flat_map(|lane| &lane.live) {
+            let segment = live.view.committed();
+            if segment.len() == live.folded || bytes >= FOLD_BYTES_MAX {
+                continue;
+            }
+            bytes += segment.len() - live.folded;
+            let mut at = live.folded;
+            while at < segment.len() {
+                match segment::next(segment, live.header.id, &mut at) {
+                    Some(Found::Record(record)) => {
+                        sums.add(&record);
+                        records += 1;
+                    }
+                    // Not by this program: somebody wrote to the file or the memory.
+                    Some(Found::Torn { offset }) => {
+                        torn += 1;
+                        tracing::error!(file = %live.path.display(), offset, "the journal is damaged here");
+                    }
+                    None => at = segment.len(),
+                }
+            }
+            positions.push(live.position(segment.len(), false));
+        }
+        if positions.is_empty() {
+            return Ok(false);
+        }
+        self.store
+            .fold(&sums, &positions)
+            .context("cannot write usage.db")?;
+        for live in self.lanes.iter_mut().flat_map(|lane| &mut lane.live) {
+            if let Some(position) = positions
+                .iter()
+                .find(|position| position.name == live.header.name)
+            {
+                live.folded = position.bytes;
+            }
+        }
+        self.public
+            .totals
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(&sums);
+        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.folded += records;
+        status.torn += torn;
+        Ok(bytes >= FOLD_BYTES_MAX)
+    }
+
+    /// Moves segments that cores are done with to the archive, and keeps that within its size.
+    fn retire(&mut self) -> anyhow::Result<()> {
+        for lane in &mut self.lanes {
+            while let Some(live) = lane.live.front() {
+                // In this order: once sealed, the size does not change any more.
+                let sealed = live.view.sealed();
+                let committed = live.view.committed_bytes();
+                if !sealed || live.folded != committed || live.synced != committed {
+                    break;
+                }
+                let kept = live
+                    .retire(&mut self.store)
+                    .with_context(|| format!("cannot close {}", live.path.display()))?;
+                if let Some(kept) = kept {
+                    self.archive.push(kept);
+                }
+                lane.live.pop_front();
+            }
+        }
+        self.archive
+            .trim(self.keep_bytes, &mut self.store)
+            .context("cannot remove an old journal segment")
+    }
+
+    /// Counts and logs a failure; returns when to try again.
+    fn trouble(&mut self, what: &'static str, error: &dyn Display) -> Instant {
+        let now = Instant::now();
+        let text = format!("{what}: {error:#}");
+        if self.logged.get(what).is_none_or(|last| now - *last >= LOG_EVERY) {
+            self.logged.insert(what, now);
+            tracing::error!(error = text, "the ledger is in trouble; trying again");
+        }
+        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.io_errors += 1;
+        status.last_error = Some(text);
+        now + RETRY_AFTER
+    }
+
+    /// Updates what others see.
+    fn show(&self) {
+        let live = || self.lanes.iter().flat_map(|lane| &lane.live);
+        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.unsynced_bytes = live()
+            .map(|live| (live.view.committed_bytes() - live.synced) as u64)
+            .sum();
+        status.segments = (live().count() + self.archive.len()) as u64;
+        status.archive_bytes = self.archive.bytes();
+    }
+}
+
+impl Live {
+    fn position(&self, bytes: usize, done: bool) -> Position {
+        Position {
+            name: self.header.name,
+            id: self.header.id,
+            bytes,
+            done,
+        }
+    }
+
+    /// Closes a sealed, folded and synced segment. `None` for one that was never used: its file is gone.
+    fn retire(&self, store: &mut Store) -> anyhow::Result<Option<Kept>> {
+        if self.folded == FRAMES_AT {
+            fs::remove_file(&self.path)?;
+            return Ok(None);
+        }
+        let bytes = self.folded.next_multiple_of(4096) as u64;
+        // The appender is gone, and the view is not asked for what lies behind.
+        self.file.set_len(bytes)?;
+        store.fold(&Sums::default(), &[self.position(self.folded, true)])?;
+        Ok(Some(Kept {
+            name: self.header.name,
+            path: self.path.clone(),
+            bytes,
+            created_unix_ms: self.header.created_unix_ms,
+        }))
+    }
+}
+
+fn lanes(cores: usize, replayed: &Replayed, positions: &Positions) -> Vec<Lane> {
+    let lane = |core: u32| Lane {
+        core,
+        shared: Arc::new(Shared {
+            blanks: ArrayQueue::new(SEGMENTS_READY),
+            appended: AtomicU64::new(0).into(),
+            refused: AtomicU64::new(0),
+        }),
+        next_seq: positions
+            .seq_max(core)
+            .max(replayed.seq_max.get(&core).copied().unwrap_or(0))
+            + 1,
+        live: VecDeque::new(),
+    };
+    (0..cores).map(|core| lane(core as u32)).collect()
+}
+
+/// A random number that is not guessed.
+fn random() -> anyhow::Result<u64> {
+    getrandom::u64().map_err(|error| anyhow::anyhow!("no random numbers: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::{
+        super::{JOURNAL, make_directory, read, record::tests::numbered},
+        *,
+    };
+    use crate::config::units::Bytes;
+
+    /// A ledger without its thread. Dropping it is a crash: nothing is folded or synced.
+    fn open(state: &Path) -> anyhow::Result<(Worker, Journal)> {
+        let journal = state.join(JOURNAL);
+        make_directory(&journal)?;
+        let config = schema::Ledger {
+            path: state.into(),
+            keep: Bytes(64 << 20),
+            ..schema::Ledger::default()
+        };
+        let lock = File::create(state.join("lock"))?;
+        let (worker, mut journals) = Worker::open(&config, journal, lock, 1)?;
+        Ok((worker, journals.remove(0)))
+    }
+
+    /// Requests and prompt tokens in all sums of the database.
+    fn summed(store: &Store) -> (u64, u64) {
+        let rollup = store.rollup().unwrap();
+        let sum = |of: fn(&read::Counters) -> u64| rollup.iter().map(|(_, counters)| of(counters)).sum();
+        (
+            sum(|counters| counters.requests),
+            sum(|counters| counters.prompt_tokens),
+        )
+    }
+
+    fn append(journal: &mut Journal, numbers: std::ops::Range<u64>) {
+        for number in numbers {
+            journal.append(&numbered(number)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_crash_between_any_steps_of_a_fold_counts_each_record_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut worker, mut journal) = open(dir.path()).unwrap();
+        append(&mut journal, 0..10);
+        worker.fold().unwrap();
+        append(&mut journal, 10..20);
+        worker.store.fail_before_commit = true;
+        worker.fold().unwrap_err();
+        assert_eq!(summed(&worker.store), (10, 45));
+        assert_eq!(worker.public.totals.lock().unwrap().list()[0].2.requests, 10);
+        drop((worker, journal));
+
+        // The replay itself dies before its commit, and is begun anew.
+        let mut store = Store::open(dir.path()).unwrap();
+        store.fail_before_commit = true;
+        replay::replay(&dir.path().join(JOURNAL), &mut store).unwrap_err();
+        store.fail_before_commit = false;
+        let replayed = replay::replay(&dir.path().join(JOURNAL), &mut store).unwrap();
+        assert_eq!((replayed.records, replayed.torn), (10, 0));
+        assert_eq!(summed(&store), (20, 190));
+        let again = replay::replay(&dir.path().join(JOURNAL), &mut store).unwrap();
+        assert_eq!((again.records, again.archive.len()), (0, 1));
+        assert_eq!(summed(&store), (20, 190));
+    }
+
+    #[test]
+    fn a_fold_that_failed_is_made_good_by_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut worker, mut journal) = open(dir.path()).unwrap();
+        append(&mut journal, 0..5);
+        worker.store.fail_before_commit = true;
+        let now = Instant::now();
+        worker.turn(now);
+        worker.turn(now);
+        let status = worker.public.status.lock().unwrap().clone();
+        assert_eq!(
+            (status.io_errors, status.folded),
+            (1, 0),
+            "a failed operation is left alone for a while"
+        );
+        worker.store.fail_before_commit = false;
+        worker.turn(now + 2 * RETRY_AFTER);
+        assert_eq!(summed(&worker.store), (5, 10));
+        assert_eq!(worker.public.status.lock().unwrap().folded, 5);
+    }
+
+    #[test]
+    fn a_segment_that_was_to_be_removed_is_not_folded_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut worker, mut journal) = open(dir.path()).unwrap();
+        append(&mut journal, 0..5);
+        drop(journal);
+        worker.finish();
+        let (name, path) = segment::list(&worker.journal).unwrap().remove(0);
+        // The crash comes between the database's commit and the file's removal.
+        worker.store.remove(name).unwrap();
+        drop(worker);
+        assert!(path.exists());
+        let (worker, _journal) = open(dir.path()).unwrap();
+        assert!(!path.exists());
+        assert_eq!(summed(&worker.store), (5, 10));
+        assert!(worker.lanes[0].live[0].header.name.seq > name.seq);
+    }
+
+    #[test]
+    fn the_sums_are_made_anew_from_the_segments_that_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        for round in 0..3 {
+            let (mut worker, mut journal) = open(dir.path()).unwrap();
+            append(&mut journal, 10 * round..10 * (round + 1));
+            if round == 1 {
+                drop(journal);
+                worker.finish();
+            }
+        }
+        for file in ["usage.db", "usage.db-wal", "usage.db-shm"] {
+            let _ = fs::remove_file(dir.path().join(file));
+        }
+        let (worker, _journal) = open(dir.path()).unwrap();
+        assert_eq!(summed(&worker.store), (30, 435));
+    }
+
+    #[test]
+    fn damage_is_counted_and_costs_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let (worker, mut journal) = open(dir.path()).unwrap();
+        append(&mut journal, 0..100);
+        drop((worker, journal));
+        let (_, path) = segment::list(&dir.path().join(JOURNAL)).unwrap().remove(0);
+        let mut bytes = fs::read(&path).unwrap();
+        bytes[FRAMES_AT + 50 * 192 + 17] ^= 1;
+        fs::write(&path, &bytes).unwrap();
+        // A second one with no head left, and one that was never finished.
+        fs::write(dir.path().join(JOURNAL).join("0-0000000099.seg"), [0xee; 500]).unwrap();
+        fs::write(dir.path().join(JOURNAL).join("0-0000000100.seg.new"), [0; 500]).unwrap();
+
+        let (worker, _journal) = open(dir.path()).unwrap();
+        let status = worker.public.status.lock().unwrap().clone();
+        assert_eq!((status.replayed, status.torn), (99, 2));
+        assert_eq!(summed(&worker.store), (99, 4950 - 50));
+        let mut files: Vec<_> = fs::read_dir(dir.path().join(JOURNAL))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name())
+            .collect();
+        files.sort();
+        assert_eq!(
+            files,
+            ["0-0000000001.seg", "0-0000000099.seg.damaged", "0-0000000100.seg"]
+        );
+    }
+
+    #[test]
+    fn figures_beyond_all_measure_do_not_overflow_the_sums() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut worker, mut journal) = open(dir.path()).unwrap();
+        for _ in 0..3 {
+            let mut record = numbered(1);
+            record.usage.prompt = u64::MAX;
+            record.time_unix_ms = u64::MAX;
+            journal.append(&record).unwrap();
+            worker.fold().unwrap();
+        }
+        let rollup = worker.store.rollup().unwrap();
+        assert_eq!(
+            (rollup.len(), rollup[0].1.requests, rollup[0].1.prompt_tokens),
+            (1, 3, i64::MAX as u64)
+        );
+    }
+}

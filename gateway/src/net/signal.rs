@@ -1,0 +1,113 @@
+//! A broadcast within one thread: tells all waiting tasks of a core something, once.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+};
+
+/// A level that only rises; tasks wait for it to reach a height. Not `Send`: one per core.
+#[derive(Clone, Default)]
+pub struct Signal {
+    inner: Rc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    level: Cell<u8>,
+    waiting: RefCell<Vec<Option<Waker>>>,
+    free: RefCell<Vec<usize>>,
+}
+
+impl Signal {
+    /// The level now; starts at 0.
+    pub fn level(&self) -> u8 {
+        self.inner.level.get()
+    }
+
+    /// Raises the level and wakes everyone who waits. Lowering is ignored.
+    pub fn raise(&self, level: u8) {
+        if level <= self.inner.level.get() {
+            return;
+        }
+        self.inner.level.set(level);
+        let wakers: Vec<Waker> = self.inner.waiting.borrow_mut().iter_mut().filter_map(Option::take).collect();
+        for waker in wakers {
+            waker.wake();
+        }
+    }
+
+    /// Waits until the level is at least `level`.
+    pub fn reached(&self, level: u8) -> Reached {
+        Reached { inner: self.inner.clone(), level, slot: None }
+    }
+}
+
+/// See [`Signal::reached`]. Costs a slot in a list while it waits, nothing when never polled.
+pub struct Reached {
+    inner: Rc<Inner>,
+    level: u8,
+    slot: Option<usize>,
+}
+
+impl Future for Reached {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.inner.level.get() >= self.level {
+            return Poll::Ready(());
+        }
+        let slot = match self.slot {
+            Some(slot) => slot,
+            None => {
+                let slot = self.inner.free.borrow_mut().pop().unwrap_or_else(|| {
+                    let mut waiting = self.inner.waiting.borrow_mut();
+                    waiting.push(None);
+                    waiting.len() - 1
+                });
+                self.slot = Some(slot);
+                slot
+            }
+        };
+        let mut waiting = self.inner.waiting.borrow_mut();
+        if !waiting[slot].as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            waiting[slot] = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Reached {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            self.inner.waiting.borrow_mut()[slot] = None;
+            self.inner.free.borrow_mut().push(slot);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::pin::pin;
+
+    #[test]
+    fn wakes_all_and_reuses_slots() {
+        let signal = Signal::default();
+        let mut cx = Context::from_waker(Waker::noop());
+        {
+            let mut first = pin!(signal.reached(1));
+            let mut second = pin!(signal.reached(2));
+            assert!(first.as_mut().poll(&mut cx).is_pending());
+            assert!(second.as_mut().poll(&mut cx).is_pending());
+            signal.raise(1);
+            assert!(first.as_mut().poll(&mut cx).is_ready());
+            assert!(second.as_mut().poll(&mut cx).is_pending());
+        }
+        assert_eq!(signal.inner.free.borrow().len(), 2);
+        signal.raise(2);
+        assert!(pin!(signal.reached(2)).poll(&mut cx).is_ready());
+    }
+}

@@ -1,0 +1,235 @@
+//! A client's connection: one request after the other, and its end.
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use rustls::ServerConfig;
+
+use super::{answer, request};
+use crate::{
+    core::{Core, DRAIN, STOP},
+    error::{Dialect, Error, Kind},
+    http::head::{HeadError, RequestHead},
+    net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
+};
+
+/// How long a connection that is closed after an error is read on, so that the client gets to see the error
+/// instead of a reset (RFC 9112, section 9.6), and how much of what it still sends.
+const LINGER_TIME: Duration = Duration::from_secs(2);
+const LINGER_BYTES_MAX: usize = 1024 * 1024;
+
+/// Bytes of a next request that are taken in while an answer is streamed. What a client sends beyond
+/// waits in the kernel, and its hang-up is then noticed by writing only.
+const AHEAD_BYTES_MAX: usize = 64 * 1024;
+
+/// What a request leaves its connection as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Ready for the next request.
+    KeepAlive,
+    /// To be closed, after the client has had time to read.
+    Close,
+    /// Broken: nothing more can be said on it.
+    Gone,
+}
+
+/// A connected client.
+pub struct Client {
+    /// The stream itself.
+    pub conn: Conn,
+    /// The address to which limits and blocks apply.
+    pub ip: IpAddr,
+    /// Bytes received and not consumed. While a request runs it begins with the request's head.
+    pub inbuf: Vec<u8>,
+    /// The head of the current request.
+    pub head: RequestHead,
+    /// The longest time that the client may take nothing of an answer.
+    pub stall: Duration,
+}
+
+/// What a client did while it was being answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ahead {
+    /// It has hung up.
+    Gone,
+    /// It is there; there may be more to learn.
+    More,
+    /// It has sent so much ahead that it is not read any more: only writing finds its end.
+    Full,
+}
+
+/// How waiting for a head ended.
+enum Awaited {
+    Head,
+    /// The client has nothing more to ask, or is gone, or was idle for too long.
+    End,
+    /// A head began and did not end in time.
+    TooSlow,
+    Bad(HeadError),
+}
+
+/// Serves a connection from its beginning to its end.
+pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<Arc<ServerConfig>>) {
+    let http = core.snapshot().http;
+    let conn = match tls {
+        None => Conn::plain(sock),
+        Some(config) => match handshake(&core, sock, &config, http.head_timeout).await {
+            Some(conn) => conn,
+            None => return,
+        },
+    };
+    let ip = peer.ip().to_canonical();
+    let mut client =
+        Client { conn, ip, inbuf: Vec::new(), head: RequestHead::new(), stall: http.write_timeout };
+    let mut idle = http.head_timeout;
+    loop {
+        match client.await_head(&core, idle, http.head_timeout).await {
+            Awaited::Head => {}
+            Awaited::End => return client.conn.shutdown(),
+            Awaited::TooSlow => {
+                let error = Error::new(Kind::RequestTimeout, "the request head did not come in time");
+                return client.refuse_head(&core, &error).await;
+            }
+            Awaited::Bad(error) => {
+                let mut answer = Error::new(Kind::BadRequest, error.to_string());
+                answer.status = Some(error.status());
+                return client.refuse_head(&core, &answer).await;
+            }
+        }
+        // Boxed: an idle connection then holds no room for a request's state.
+        let next = Box::pin(request::serve(&mut client, &core)).await;
+        match next {
+            Next::KeepAlive if core.drain.level() < DRAIN => {}
+            Next::KeepAlive => return client.conn.shutdown(),
+            Next::Close => return client.linger(&core).await,
+            Next::Gone => return,
+        }
+        idle = http.idle_timeout;
+    }
+}
+
+async fn handshake(
+    core: &Rc<Core>,
+    sock: Rc<Sock>,
+    config: &Arc<ServerConfig>,
+    time: Duration,
+) -> Option<Conn> {
+    let session = tls::server_session(config).ok()?;
+    match Conn::tls(sock, session, time).await {
+        Ok(conn) => {
+            core.telemetry.counters().tls_handshakes.inc();
+            Some(conn)
+        }
+        Err(error) => {
+            core.telemetry.counters().tls_failures.inc();
+            tracing::debug!(%error, "TLS handshake failed");
+            None
+        }
+    }
+}
+
+impl Client {
+    /// Waits for a whole head: at most `idle` for its first byte, `whole` for the rest.
+    async fn await_head(&mut self, core: &Rc<Core>, idle: Duration, whole: Duration) -> Awaited {
+        let mut deadline_ns = None;
+        loop {
+            if !self.inbuf.is_empty() {
+                match self.head.parse(&self.inbuf) {
+                    Ok(true) => return Awaited::Head,
+                    Ok(false) => {}
+                    Err(error) => return Awaited::Bad(error),
+                }
+            }
+            match self.receive(core) {
+                Ok(Some(0)) | Err(_) => return Awaited::End,
+                Ok(Some(_)) => continue,
+                Ok(None) => {}
+            }
+            if self.inbuf.is_empty() {
+                // An idle connection owns no buffer.
+                self.inbuf = Vec::new();
+                let quiet = race(sleep(idle), core.drain.reached(DRAIN));
+                match race(self.conn.readable(), quiet).await {
+                    Either::First(()) => {}
+                    Either::Second(_) => return Awaited::End,
+                }
+                continue;
+            }
+            let now_ns = clock::monotonic_ns();
+            let deadline_ns = *deadline_ns.get_or_insert(now_ns + whole.as_nanos() as u64);
+            let left = Duration::from_nanos(deadline_ns.saturating_sub(now_ns));
+            if let Either::Second(_) =
+                race(self.conn.readable(), race(sleep(left), core.drain.reached(STOP))).await
+            {
+                return Awaited::TooSlow;
+            }
+        }
+    }
+
+    /// Takes in what has arrived.
+    fn receive(&mut self, core: &Rc<Core>) -> io::Result<Option<usize>> {
+        let scratch = &mut *core.scratch();
+        let got = self.conn.try_read(scratch)?;
+        if let Some(n) = got {
+            self.inbuf.extend_from_slice(&scratch[..n]);
+            core.telemetry.counters().bytes_from_clients.add(n as u64);
+        }
+        Ok(got)
+    }
+
+    /// Comes back when the client has hung up. What it sends meanwhile (a next request) is taken in, within
+    /// bounds. Can be dropped and begun again without losing anything.
+    pub async fn gone(&mut self, core: &Rc<Core>) {
+        loop {
+            self.conn.readable().await;
+            match self.look_ahead(core) {
+                Ahead::Gone => return,
+                Ahead::More => {}
+                Ahead::Full => std::future::pending().await,
+            }
+        }
+    }
+
+    /// Takes in what a client sent before it was its turn, or learns that it has hung up. Never waits.
+    pub fn look_ahead(&mut self, core: &Rc<Core>) -> Ahead {
+        match self.receive(core) {
+            Ok(Some(0)) | Err(_) => Ahead::Gone,
+            Ok(_) if self.inbuf.len() < AHEAD_BYTES_MAX => Ahead::More,
+            Ok(_) => Ahead::Full,
+        }
+    }
+
+    /// Answers a head that is no request, and closes.
+    async fn refuse_head(&mut self, core: &Rc<Core>, error: &Error) {
+        let head = answer::Head { keep_alive: false, ..answer::Head::default() };
+        let bytes = answer::error(error, Dialect::OpenAi, head);
+        core.note_refusal(self.ip, error);
+        if self.conn.write_all(&bytes, self.stall).await.is_ok() {
+            self.linger(core).await;
+        }
+    }
+
+    /// Closes so that the client can still read what was sent: ends this side, then reads on for a while.
+    async fn linger(&mut self, core: &Rc<Core>) {
+        self.conn.shutdown();
+        self.inbuf = Vec::new();
+        let drain = async {
+            let mut left = LINGER_BYTES_MAX;
+            while left > 0 {
+                self.conn.readable().await;
+                let got = self.conn.try_read(&mut core.scratch());
+                match got {
+                    Ok(Some(0)) | Err(_) => return,
+                    Ok(Some(n)) => left = left.saturating_sub(n),
+                    Ok(None) => {}
+                }
+            }
+        };
+        race(drain, race(sleep(LINGER_TIME), core.drain.reached(STOP))).await;
+    }
+}

@@ -1,0 +1,129 @@
+//! Passing an upstream's answer on.
+
+mod stream;
+mod whole;
+
+use std::{rc::Rc, time::Duration};
+
+use super::{
+    account::Account,
+    answer,
+    connection::{Client, Next},
+    snapshot::Timeouts,
+    upstream::{Broken, Upstream},
+};
+use crate::{
+    core::Core,
+    dialect::{Api, Usage},
+    error::{Dialect, Error, Kind},
+    ledger::record::Outcome,
+    quota::policy::Report,
+};
+
+/// What the relay needs to know of the request.
+pub struct Terms {
+    pub api: Api,
+    /// Take the usage event out of the stream.
+    pub hide_usage: bool,
+    pub timeouts: Timeouts,
+    pub report: Report,
+    /// The dialect of errors.
+    pub dialect: Dialect,
+    /// The basis of the answer's head.
+    pub head: answer::Head,
+}
+
+/// Why an answer cannot be completed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Failure {
+    Upstream(Broken),
+    /// Silent for too long.
+    Idle,
+    /// The request's whole time is over.
+    Total,
+    /// The gateway ends.
+    Stop,
+}
+
+/// Passes the answer on and closes the account.
+pub async fn run(
+    client: &mut Client,
+    core: &Rc<Core>,
+    upstream: Upstream,
+    mut account: Account,
+    terms: Terms,
+) -> Next {
+    if matches!(upstream.head.status, 401 | 403) {
+        return refused_credential(client, upstream, account, &terms).await;
+    }
+    let is_stream = upstream.head.status == 200 && content_type(&upstream).starts_with(b"text/event-stream");
+    account.answering(upstream.head.status, is_stream);
+    if is_stream {
+        return stream::run(client, core, upstream, account, terms).await;
+    }
+    whole::run(client, core, upstream, account, terms).await
+}
+
+fn content_type(upstream: &Upstream) -> &[u8] {
+    upstream.head.field(&upstream.received, "content-type").unwrap_or_default()
+}
+
+/// The provider refuses the operator's credential. Its answer may quote the credential or name the account, so
+/// the client gets ours.
+async fn refused_credential(client: &mut Client, upstream: Upstream, mut account: Account, terms: &Terms) -> Next {
+    let message = "the provider refused the gateway's credential; this is for the gateway's operator to mend";
+    let error = Error { code: Some("upstream_unauthorized"), ..Error::new(Kind::UpstreamBroken, message) };
+    tracing::error!(
+        endpoint = upstream.endpoint.authority,
+        status = upstream.head.status,
+        "a provider refuses the configured credential"
+    );
+    drop(upstream);
+    account.answering(error.status(), false);
+    account.error(error.code());
+    account.settle(Outcome::UpstreamFailed, Usage::default(), false);
+    let bytes = answer::error(&error, terms.dialect, terms.head);
+    finish(client, &bytes, terms).await
+}
+
+impl Failure {
+    fn outcome(self) -> Outcome {
+        match self {
+            Failure::Upstream(_) => Outcome::UpstreamFailed,
+            Failure::Idle | Failure::Total => Outcome::TimedOut,
+            Failure::Stop => Outcome::Stopped,
+        }
+    }
+
+    fn error(self) -> Error {
+        match self {
+            Failure::Upstream(Broken::Cut) => {
+                let message = "the upstream broke off before the end of its answer";
+                Error { code: Some("upstream_cut"), ..Error::new(Kind::UpstreamBroken, message) }
+            }
+            Failure::Upstream(Broken::Malformed) => {
+                Error::new(Kind::UpstreamBroken, "the upstream's answer is malformed")
+            }
+            Failure::Idle => Error::new(Kind::UpstreamTimeout, "the upstream went silent"),
+            Failure::Total => {
+                let message = "the answer took longer than the model's total time";
+                Error { code: Some("total_timeout"), ..Error::new(Kind::UpstreamTimeout, message) }
+            }
+            Failure::Stop => Error::new(Kind::Stopping, "the gateway is being stopped"),
+        }
+    }
+}
+
+/// Writes the last bytes of an answer.
+async fn finish(client: &mut Client, bytes: &[u8], terms: &Terms) -> Next {
+    match client.conn.write_all(bytes, client.stall).await {
+        Ok(()) if terms.head.keep_alive => Next::KeepAlive,
+        Ok(()) => Next::Close,
+        Err(_) => Next::Gone,
+    }
+}
+
+/// What is left of a time that began `used_ns` ago.
+fn left(time: Duration, used_ns: u64) -> Duration {
+    time.saturating_sub(Duration::from_nanos(used_ns))
+}

@@ -1,0 +1,435 @@
+//! A stream of server-sent events: out as it comes in, read along, never held beyond one event.
+
+use std::{
+    future::Future,
+    io::IoSlice,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::Poll,
+    time::Duration,
+};
+
+use super::{Failure, Terms, left};
+use crate::{
+    bounds::SCRATCH_BYTES,
+    core::{Core, STOP},
+    dialect::{Api, Usage, meter::Meter},
+    error::{Dialect, Error},
+    http::{
+        chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, frame_in_place, write_chunk_head},
+        head::Version,
+    },
+    ledger::record::Outcome,
+    net::{
+        Either, clock, race,
+        runtime::{Timer, yield_now},
+        signal::Reached,
+    },
+    serve::{
+        account::Account,
+        answer::{self, Framing},
+        connection::{Ahead, Client, Next},
+        upstream::{Broken, Upstream},
+    },
+};
+
+/// Where a read begins in the scratch buffer: in front of it there is room for a chunk's size line.
+const READ_FROM: usize = CHUNK_HEAD_BYTES_MAX;
+/// Where it ends at the latest: behind it there is room for a chunk's end.
+const READ_TO: usize = SCRATCH_BYTES - CHUNK_END.len();
+
+/// Reads of one stream in a row before other tasks get their turn, for engines where a wait may be over at once.
+const READS_IN_A_ROW: u32 = 16;
+
+/// One running stream. Some hundred bytes; its buffers are empty while it waits.
+struct Stream<'c> {
+    client: &'c mut Client,
+    core: Rc<Core>,
+    upstream: Upstream,
+    account: Account,
+    meter: Meter,
+    terms: Terms,
+    /// The client understands chunks; otherwise the connection's end is the stream's.
+    chunked: bool,
+    /// What the client's socket did not take.
+    unsent: Vec<u8>,
+    began_ns: u64,
+    /// When the last bytes came.
+    last_ns: u64,
+    /// When the last event came; 0 before the first.
+    last_event_ns: u64,
+}
+
+/// What a read brought.
+enum Came {
+    /// Bytes, or nothing yet.
+    More,
+    /// The end of the answer.
+    End,
+    Failed(Failure),
+    /// The client does not take it.
+    ClientGone,
+}
+
+/// What a wait ended with.
+enum Woken {
+    Upstream,
+    Client,
+    Timer,
+    Stop,
+}
+
+/// Relays a stream from its head to its end.
+pub async fn run(
+    client: &mut Client,
+    core: &Rc<Core>,
+    upstream: Upstream,
+    account: Account,
+    terms: Terms,
+) -> Next {
+    let now_ns = clock::monotonic_ns();
+    let mut stream = Stream {
+        client,
+        core: core.clone(),
+        upstream,
+        account,
+        meter: Meter::new(terms.api, terms.hide_usage),
+        chunked: terms.head.version == Version::Http11,
+        terms,
+        unsent: Vec::new(),
+        began_ns: now_ns,
+        last_ns: now_ns,
+        last_event_ns: 0,
+    };
+    core.streams_open.set(core.streams_open.get() + 1);
+    core.telemetry.counters().streams_opened.inc();
+    let next = stream.relay().await;
+    core.telemetry.counters().streams_closed.inc();
+    core.streams_open.set(core.streams_open.get() - 1);
+    match next {
+        (next, true) => {
+            stream.upstream.finish(false);
+            next
+        }
+        (next, false) => next,
+    }
+}
+
+impl Stream<'_> {
+    /// Returns also whether the upstream's connection can be used again.
+    async fn relay(&mut self) -> (Next, bool) {
+        let mut came = self.begin();
+        let sock = self.client.conn.sock().clone();
+        let mut client_stirs = pin!(sock.readable());
+        let mut watching = true;
+        let mut timer = Timer::new(self.patience());
+        let mut stop = pin!(self.core.drain.reached(STOP));
+        let mut reads = 0;
+        loop {
+            if !self.flush(&mut stop).await {
+                came = Came::ClientGone;
+            }
+            match came {
+                Came::More => {}
+                Came::End => return (self.next(), true),
+                Came::Failed(failure) => return (self.fail(failure).await, false),
+                Came::ClientGone => return (self.client_gone(), false),
+            }
+            reads += 1;
+            if reads % READS_IN_A_ROW == 0 {
+                yield_now().await;
+            }
+            let watched = watching.then_some(client_stirs.as_mut());
+            came = match self.wait(watched, &mut timer, stop.as_mut()).await {
+                Woken::Upstream => self.read(),
+                Woken::Stop => Came::Failed(Failure::Stop),
+                Woken::Timer => match self.overdue() {
+                    Some(failure) => Came::Failed(failure),
+                    None => {
+                        timer.reset(self.patience());
+                        Came::More
+                    }
+                },
+                Woken::Client => match self.client.look_ahead(&self.core) {
+                    Ahead::Gone => Came::ClientGone,
+                    Ahead::Full => {
+                        watching = false;
+                        Came::More
+                    }
+                    Ahead::More => {
+                        client_stirs.set(sock.readable());
+                        Came::More
+                    }
+                },
+            };
+        }
+    }
+
+    /// Sends the head, together with what came behind the upstream's.
+    fn begin(&mut self) -> Came {
+        let framing = if self.chunked { Framing::Chunked } else { Framing::UntilClose };
+        let mut head = self.terms.head;
+        head.keep_alive &= self.chunked;
+        self.terms.head = head;
+        let received = std::mem::take(&mut self.upstream.received);
+        self.unsent = answer::relayed(&self.upstream.head, &received, framing, &self.terms.report, head);
+        let mut came = Came::More;
+        for part in received[self.upstream.head.len..].chunks(READ_TO - READ_FROM) {
+            let core = self.core.clone();
+            let scratch = &mut *core.scratch();
+            scratch[READ_FROM..READ_FROM + part.len()].copy_from_slice(part);
+            came = self.pass(scratch, part.len());
+            if !matches!(came, Came::More) {
+                break;
+            }
+        }
+        came
+    }
+
+    /// Waits for whatever comes first. Of all futures only the upstream's is made anew for each wait.
+    async fn wait(
+        &mut self,
+        mut client: Option<Pin<&mut impl Future<Output = ()>>>,
+        timer: &mut Timer,
+        mut stop: Pin<&mut Reached>,
+    ) -> Woken {
+        let Ok(conn) = self.upstream.conn() else { return Woken::Upstream };
+        let mut upstream = pin!(conn.readable());
+        std::future::poll_fn(|cx| {
+            if upstream.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(Woken::Upstream);
+            }
+            if client.as_mut().is_some_and(|client| client.as_mut().poll(cx).is_ready()) {
+                return Poll::Ready(Woken::Client);
+            }
+            if timer.poll(cx).is_ready() {
+                return Poll::Ready(Woken::Timer);
+            }
+            stop.as_mut().poll(cx).map(|()| Woken::Stop)
+        })
+        .await
+    }
+
+    /// Takes what the upstream sent and passes it on.
+    fn read(&mut self) -> Came {
+        let core = self.core.clone();
+        let scratch = &mut *core.scratch();
+        let Ok(conn) = self.upstream.conn() else { return Came::Failed(Failure::Upstream(Broken::Cut)) };
+        match conn.try_read(&mut scratch[READ_FROM..READ_TO]) {
+            Ok(None) => Came::More,
+            Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(),
+            Ok(Some(0)) | Err(_) => Came::Failed(Failure::Upstream(Broken::Cut)),
+            Ok(Some(n)) => self.pass(scratch, n),
+        }
+    }
+
+    /// Passes on `n` bytes that stand in the scratch buffer at [`READ_FROM`].
+    fn pass(&mut self, scratch: &mut [u8], n: usize) -> Came {
+        let decoded = match self.upstream.deframe(&mut scratch[READ_FROM..READ_FROM + n]) {
+            Ok(decoded) => decoded,
+            Err(broken) => return Came::Failed(Failure::Upstream(broken)),
+        };
+        let payload = READ_FROM + decoded.payload.start..READ_FROM + decoded.payload.end;
+        let events = self.meter.seen.events;
+        let kept = self.meter.feed(&mut scratch[payload.clone()]);
+        let kept = payload.start + kept.start..payload.start + kept.end;
+        self.note_time(!decoded.payload.is_empty(), self.meter.seen.events - events);
+        let rest = if decoded.done { self.meter.finish() } else { Vec::new() };
+        if decoded.done || self.meter.seen.done {
+            // The client may take the last event for the end, so the books are closed before it leaves.
+            self.settle(self.finished());
+        }
+        self.account.sent(self.meter.ready().len() + kept.len() + rest.len());
+        let left_over = decoded.consumed < n;
+        let sent = self.send(scratch, kept, &rest, decoded.done);
+        match (sent, decoded.done) {
+            (false, _) => Came::ClientGone,
+            (true, false) => Came::More,
+            // Bytes behind the answer's end make the connection useless, not the answer.
+            (true, true) if left_over => Came::Failed(Failure::Upstream(Broken::Malformed)),
+            (true, true) => Came::End,
+        }
+    }
+
+    /// Sends carried events, a part of the scratch buffer, a tail, and the stream's end; what the socket does not take
+    /// is kept. False: the client is gone.
+    fn send(&mut self, scratch: &mut [u8], part: std::ops::Range<usize>, tail: &[u8], end: bool) -> bool {
+        let mut line = [0; CHUNK_HEAD_BYTES_MAX];
+        let mut tail_line = [0; CHUNK_HEAD_BYTES_MAX];
+        let ready = self.meter.ready();
+        let none: &[u8] = &[];
+        let slices: [&[u8]; 8] = if self.chunked {
+            let part = frame_in_place(scratch, part);
+            [
+                if ready.is_empty() { none } else { write_chunk_head(ready.len(), &mut line) },
+                ready,
+                if ready.is_empty() { none } else { CHUNK_END },
+                &scratch[part],
+                if tail.is_empty() { none } else { write_chunk_head(tail.len(), &mut tail_line) },
+                tail,
+                if tail.is_empty() { none } else { CHUNK_END },
+                if end { LAST_CHUNK } else { none },
+            ]
+        } else {
+            [ready, &scratch[part], tail, none, none, none, none, none]
+        };
+        let total: usize = slices.iter().map(|slice| slice.len()).sum();
+        if total == 0 {
+            return true;
+        }
+        self.core.telemetry.counters().bytes_to_clients.add(total as u64);
+        let mut taken = 0;
+        if self.unsent.is_empty() {
+            match self.client.conn.try_write_slices(&slices.map(IoSlice::new)) {
+                Ok(n) => taken = n,
+                Err(_) => return false,
+            }
+        }
+        for slice in slices {
+            let gone = taken.min(slice.len());
+            self.unsent.extend_from_slice(&slice[gone..]);
+            taken -= gone;
+        }
+        true
+    }
+
+    /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
+    /// meanwhile. False: the client is gone, or takes nothing for too long.
+    async fn flush(&mut self, stop: &mut Pin<&mut Reached>) -> bool {
+        if self.unsent.is_empty() && !self.client.conn.has_unsent() {
+            return true;
+        }
+        let unsent = std::mem::take(&mut self.unsent);
+        let stall = self.client.stall;
+        match race(self.client.conn.write_all(&unsent, stall), stop.as_mut()).await {
+            Either::First(result) => {
+                // A slow reader's time is not the upstream's silence.
+                self.last_ns = clock::monotonic_ns();
+                result.is_ok()
+            }
+            Either::Second(()) => false,
+        }
+    }
+
+    fn note_time(&mut self, any: bool, events: u64) {
+        if !any {
+            return;
+        }
+        let now_ns = clock::monotonic_ns();
+        self.last_ns = now_ns;
+        if events == 0 {
+            return;
+        }
+        self.core.telemetry.counters().events_relayed.add(events);
+        if self.last_event_ns == 0 {
+            self.account.first_byte(now_ns);
+        } else {
+            self.core.telemetry.record_inter_token_us((now_ns - self.last_event_ns) / 1000, events);
+        }
+        self.last_event_ns = now_ns;
+    }
+
+    /// The longest that may be waited now: for the first event, for the next, or for the end.
+    fn patience(&self) -> Duration {
+        let now_ns = clock::monotonic_ns();
+        let silence = match self.last_event_ns {
+            0 => left(self.terms.timeouts.first_token, now_ns - self.began_ns),
+            _ => left(self.terms.timeouts.idle, now_ns - self.last_ns),
+        };
+        silence.min(left(self.terms.timeouts.total, now_ns - self.account.started_ns()))
+    }
+
+    fn overdue(&self) -> Option<Failure> {
+        let now_ns = clock::monotonic_ns();
+        if left(self.terms.timeouts.total, now_ns - self.account.started_ns()).is_zero() {
+            return Some(Failure::Total);
+        }
+        self.patience().is_zero().then_some(Failure::Idle)
+    }
+
+    /// An upstream without framing has closed: only the last event tells whether that was the end.
+    fn ended_by_close(&mut self) -> Came {
+        let rest = self.meter.finish();
+        if !self.meter.seen.done {
+            return Came::Failed(Failure::Upstream(Broken::Cut));
+        }
+        self.settle(self.finished());
+        let core = self.core.clone();
+        match self.send(&mut core.scratch(), READ_FROM..READ_FROM, &rest, true) {
+            true => Came::End,
+            false => Came::ClientGone,
+        }
+    }
+
+    fn finished(&self) -> Outcome {
+        if self.meter.seen.failed { Outcome::UpstreamFailed } else { Outcome::Complete }
+    }
+
+    /// Closes the account with what the stream has told, or with an estimate of what was delivered.
+    fn settle(&mut self, outcome: Outcome) {
+        let seen = &self.meter.seen;
+        let estimate = || Usage {
+            prompt: self.account.input_estimated(),
+            completion: seen.tokens_estimated(),
+            ..Usage::default()
+        };
+        let usage = seen.usage.unwrap_or_else(estimate);
+        self.account.settle(outcome, usage, seen.usage.is_none());
+    }
+
+    fn client_gone(&mut self) -> Next {
+        self.settle(Outcome::ClientGone);
+        Next::Gone
+    }
+
+    fn next(&self) -> Next {
+        if self.terms.head.keep_alive { Next::KeepAlive } else { Next::Close }
+    }
+
+    /// Ends a stream that cannot be completed: with an error event, never with what looks like a proper end.
+    async fn fail(&mut self, failure: Failure) -> Next {
+        let mut bytes = Vec::new();
+        if !self.account.is_settled() {
+            let error = failure.error();
+            self.account.error(error.code());
+            self.core.telemetry.counters().stream_errors.inc();
+            self.settle(failure.outcome());
+            // What was begun of an event cannot be taken back: it is ended, so that the error can be read.
+            let gap: &[u8] = if self.meter.is_mid_event() { b"\n\n" } else { b"" };
+            let event = [gap, &error_event(self.terms.api, &error)].concat();
+            if self.chunked {
+                let mut line = [0; CHUNK_HEAD_BYTES_MAX];
+                bytes.extend_from_slice(write_chunk_head(event.len(), &mut line));
+                bytes.extend_from_slice(&event);
+                bytes.extend_from_slice(CHUNK_END);
+            } else {
+                bytes = event;
+            }
+        }
+        if self.chunked {
+            bytes.extend_from_slice(LAST_CHUNK);
+        }
+        match self.client.conn.write_all(&bytes, self.client.stall).await {
+            Ok(()) => Next::Close,
+            Err(_) => Next::Gone,
+        }
+    }
+}
+
+/// An error as an event of the API's stream.
+fn error_event(api: Api, error: &Error) -> Vec<u8> {
+    let mut event = Vec::with_capacity(256);
+    if api == Api::Responses {
+        // platform.openai.com/docs/api-reference/responses-streaming/error
+        let data = serde_json::json!({
+            "type": "error", "code": error.code(), "message": error.message, "param": null,
+        });
+        event.extend_from_slice(b"event: error\ndata: ");
+        event.extend_from_slice(data.to_string().as_bytes());
+    } else {
+        event.extend_from_slice(b"data: ");
+        event.extend_from_slice(&error.body(Dialect::OpenAi));
+    }
+    event.extend_from_slice(b"\n\n");
+    event
+}

@@ -1,0 +1,250 @@
+//! An answer that is no stream: received whole where it is not too long, so that its usage is in the books
+//! before it leaves.
+
+use std::rc::Rc;
+
+use super::{Failure, Terms, finish, left};
+use crate::{
+    bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
+    core::{Core, STOP},
+    dialect::{Usage, usage},
+    http::{
+        chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
+        head::Version,
+    },
+    ledger::record::Outcome,
+    net::{Either, clock, race, sleep},
+    serve::{
+        account::Account,
+        answer::{self, Framing},
+        connection::{Client, Next},
+        upstream::{Broken, Upstream},
+    },
+};
+
+/// How much of a long answer's end is kept to find its usage in.
+const TAIL_BYTES: usize = 64 * 1024;
+
+/// Bytes of an answer that make a token, where the provider tells none (as for requests).
+const BYTES_PER_TOKEN: u64 = 4;
+
+/// A body on its way from the upstream.
+#[derive(Default)]
+struct Collected {
+    bytes: Vec<u8>,
+    done: bool,
+    /// Something came behind the body's end.
+    left_over: bool,
+}
+
+/// Why nothing can be sent on.
+enum Ended {
+    Failed(Failure),
+    ClientGone,
+}
+
+/// Receives the answer and sends it on.
+pub async fn run(
+    client: &mut Client,
+    core: &Rc<Core>,
+    mut upstream: Upstream,
+    mut account: Account,
+    terms: Terms,
+) -> Next {
+    let mut head_bytes = std::mem::take(&mut upstream.received);
+    let rest = head_bytes.split_off(upstream.head.len);
+    let mut body = Collected::default();
+    let received = match body.take(&mut upstream, rest) {
+        Ok(()) => collect(client, core, &mut upstream, &mut body, &account, &terms, ANSWER_BYTES_MAX).await,
+        Err(broken) => Err(Ended::Failed(Failure::Upstream(broken))),
+    };
+    match received {
+        Ok(()) => {}
+        Err(Ended::Failed(failure)) => return fail(client, failure, account, &terms).await,
+        Err(Ended::ClientGone) => return client_gone(account),
+    }
+    account.first_byte(clock::monotonic_ns());
+    if !body.done {
+        return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
+    }
+    settle(&mut account, upstream.head.status, usage_of(&upstream, &body.bytes, &terms), body.bytes.len());
+    account.sent(body.bytes.len());
+    let framing = Framing::Length(body.bytes.len());
+    let mut out = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
+    out.extend_from_slice(&body.bytes);
+    core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
+    upstream.finish(body.left_over);
+    finish(client, &out, &terms).await
+}
+
+impl Collected {
+    /// Takes the framing off `bytes` and adds what is left.
+    fn take(&mut self, upstream: &mut Upstream, mut bytes: Vec<u8>) -> Result<(), Broken> {
+        self.take_slice(upstream, &mut bytes)
+    }
+
+    fn take_slice(&mut self, upstream: &mut Upstream, bytes: &mut [u8]) -> Result<(), Broken> {
+        let decoded = upstream.deframe(bytes)?;
+        self.bytes.extend_from_slice(&bytes[decoded.payload]);
+        self.done = decoded.done;
+        self.left_over = decoded.done && decoded.consumed < bytes.len();
+        Ok(())
+    }
+}
+
+/// Receives until the body is whole or longer than `bytes_max`; ends at once when the client hangs up.
+async fn collect(
+    client: &mut Client,
+    core: &Rc<Core>,
+    upstream: &mut Upstream,
+    body: &mut Collected,
+    account: &Account,
+    terms: &Terms,
+    bytes_max: usize,
+) -> Result<(), Ended> {
+    let time = left(terms.timeouts.total, clock::monotonic_ns() - account.started_ns());
+    let receive = async {
+        while !body.done && body.bytes.len() <= bytes_max {
+            let got = {
+                let scratch = &mut *core.scratch();
+                let got = upstream.conn().and_then(|conn| conn.try_read(scratch)).map_err(|_| Broken::Cut)?;
+                if let Some(n @ 1..) = got {
+                    body.take_slice(upstream, &mut scratch[..n])?;
+                }
+                got
+            };
+            match got {
+                Some(0) if upstream.ends_by_close() => body.done = true,
+                Some(0) => return Err(Broken::Cut),
+                Some(_) => {}
+                None => upstream.conn().map_err(|_| Broken::Cut)?.readable().await,
+            }
+        }
+        Ok(())
+    };
+    let others = race(client.gone(core), race(sleep(time), core.drain.reached(STOP)));
+    match race(receive, others).await {
+        Either::First(received) => received.map_err(|broken| Ended::Failed(Failure::Upstream(broken))),
+        Either::Second(Either::First(())) => Err(Ended::ClientGone),
+        Either::Second(Either::Second(Either::First(()))) => Err(Ended::Failed(Failure::Total)),
+        Either::Second(Either::Second(Either::Second(()))) => Err(Ended::Failed(Failure::Stop)),
+    }
+}
+
+/// What the answer tells of its usage; an error used nothing.
+fn usage_of(upstream: &Upstream, body: &[u8], terms: &Terms) -> Option<Usage> {
+    match upstream.head.status {
+        200..300 => usage::find(terms.api, body),
+        _ => Some(Usage::default()),
+    }
+}
+
+fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: usize) {
+    let outcome = if status >= 500 { Outcome::UpstreamFailed } else { Outcome::Complete };
+    let estimate = || Usage {
+        prompt: account.input_estimated(),
+        completion: body_bytes as u64 / BYTES_PER_TOKEN,
+        ..Usage::default()
+    };
+    let estimated = usage.is_none();
+    let usage = usage.unwrap_or_else(estimate);
+    account.settle(outcome, usage, estimated);
+}
+
+/// Nothing has been sent yet, so the client gets a proper error.
+async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms: &Terms) -> Next {
+    let error = failure.error();
+    account.answering(error.status(), false);
+    account.error(error.code());
+    // The upstream has worked on the input, whatever became of its answer.
+    let usage = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    account.settle(failure.outcome(), usage, true);
+    finish(client, &answer::error(&error, terms.dialect, terms.head), terms).await
+}
+
+fn client_gone(mut account: Account) -> Next {
+    let usage = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    account.settle(Outcome::ClientGone, usage, true);
+    Next::Gone
+}
+
+/// Passes on an answer that is too long to be kept, in parts; the last part waits for the books.
+async fn relay_long(
+    client: &mut Client,
+    core: &Rc<Core>,
+    mut upstream: Upstream,
+    mut account: Account,
+    mut terms: Terms,
+    head_bytes: &[u8],
+    mut body: Collected,
+) -> Next {
+    let framing = match (upstream.length(), terms.head.version) {
+        (Some(length), _) => Framing::Length(length as usize),
+        (None, Version::Http11) => Framing::Chunked,
+        (None, Version::Http10) => Framing::UntilClose,
+    };
+    terms.head.keep_alive &= framing != Framing::UntilClose;
+    let mut out = answer::relayed(&upstream.head, head_bytes, framing, &terms.report, terms.head);
+    let mut tail: Vec<u8> = Vec::new();
+    let mut total = 0;
+    loop {
+        total += body.bytes.len();
+        tail.extend_from_slice(&body.bytes[body.bytes.len().saturating_sub(TAIL_BYTES)..]);
+        tail.drain(..tail.len().saturating_sub(TAIL_BYTES));
+        append(&mut out, &body.bytes, framing, body.done);
+        account.sent(body.bytes.len());
+        if body.done {
+            settle(&mut account, upstream.head.status, usage::find_in_tail(&tail), total);
+        }
+        core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
+        if client.conn.write_all(&out, client.stall).await.is_err() {
+            settle_cut(&mut account, Outcome::ClientGone, total);
+            return Next::Gone;
+        }
+        if body.done {
+            upstream.finish(body.left_over);
+            return if terms.head.keep_alive { Next::KeepAlive } else { Next::Close };
+        }
+        out.clear();
+        body.bytes.clear();
+        match collect(client, core, &mut upstream, &mut body, &account, &terms, SCRATCH_BYTES).await {
+            Ok(()) => {}
+            Err(ended) => {
+                let outcome = match ended {
+                    Ended::Failed(failure) => failure.outcome(),
+                    Ended::ClientGone => Outcome::ClientGone,
+                };
+                settle_cut(&mut account, outcome, total);
+                // The client must not take what it has for the whole.
+                client.conn.sock().reset_on_close();
+                return Next::Gone;
+            }
+        }
+    }
+}
+
+fn append(out: &mut Vec<u8>, bytes: &[u8], framing: Framing, end: bool) {
+    if framing != Framing::Chunked {
+        out.extend_from_slice(bytes);
+        return;
+    }
+    if !bytes.is_empty() {
+        let mut line = [0; CHUNK_HEAD_BYTES_MAX];
+        out.extend_from_slice(write_chunk_head(bytes.len(), &mut line));
+        out.extend_from_slice(bytes);
+        out.extend_from_slice(CHUNK_END);
+    }
+    if end {
+        out.extend_from_slice(LAST_CHUNK);
+    }
+}
+
+/// Closes the account of an answer of which only a part was delivered.
+fn settle_cut(account: &mut Account, outcome: Outcome, body_bytes: usize) {
+    let usage = Usage {
+        prompt: account.input_estimated(),
+        completion: body_bytes as u64 / BYTES_PER_TOKEN,
+        ..Usage::default()
+    };
+    account.settle(outcome, usage, true);
+}

@@ -1,0 +1,387 @@
+//! The life of a request.
+//!
+//! ```text
+//! head ─ who is it ─ body ─ what does it ask ─ may it ─ reserve ─ dispatch ─ relay ─ settle
+//!        (key)              (model, stream)    (model)  (limits)  (upstream)          (ledger, limits, counters)
+//! ```
+//!
+//! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
+//! [`Account`], which writes exactly one ledger record on every way out.
+
+use std::{borrow::Cow, rc::Rc, sync::Arc};
+
+use super::{
+    account::Account,
+    answer,
+    body::{self, Body},
+    connection::{Client, Next},
+    dispatch::{self, Order},
+    relay,
+    snapshot::{Key, Model, Snapshot},
+    upstream::{self, Upstream},
+};
+use crate::{
+    core::{Core, DRAIN, STOP},
+    dialect::{
+        Api, Usage,
+        request::{Call, estimate_input},
+    },
+    error::{Dialect, Error, Kind},
+    http::head::{Framing, Method},
+    ledger::record::{Outcome, RequestId},
+    net::{Either, clock, race},
+    quota::{
+        self, Denied, Reservation,
+        policy::{Estimate, Report},
+    },
+    telemetry::access::{AccessEntry, path_of},
+};
+
+/// Seconds after which a client that met a stopping or full gateway may try again.
+const RETRY_AFTER_S: u64 = 1;
+
+/// What is known of a request besides its head.
+pub struct Request {
+    pub id: RequestId,
+    /// When its head was complete, by the monotonic clock.
+    pub started_ns: u64,
+    pub snapshot: Arc<Snapshot>,
+    /// The dialect of errors.
+    pub dialect: Dialect,
+    /// The basis of every answer's head.
+    pub head: answer::Head,
+}
+
+/// Why a request ends before an upstream has answered.
+enum Refusal {
+    /// Answer with this error.
+    Error(Error),
+    /// A limit said no: answer with the error, and with how the limit stands.
+    Denied(Error, Box<Denied>),
+    /// As `Error`, for a request whose account has been closed: it is logged and counted already.
+    Accounted(Error),
+    /// The client is gone.
+    Gone,
+}
+
+impl From<Error> for Refusal {
+    fn from(error: Error) -> Refusal {
+        Refusal::Error(error)
+    }
+}
+
+/// What a path stands for.
+enum Route {
+    Api(Api),
+    Models,
+    Health,
+    Ready,
+}
+
+/// Serves the request whose head stands at the beginning of `client.inbuf`.
+pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Next {
+    let request = begin(client, core);
+    let refusal = match exchange(client, core, &request).await {
+        Ok(next) => return next,
+        Err(refusal) => refusal,
+    };
+    if let Refusal::Error(error) | Refusal::Denied(error, _) = &refusal {
+        core.note_refusal(client.ip, error);
+        log_refusal(client, core, &request, error);
+    }
+    consume_bodyless(client);
+    let head = request.answer(client);
+    let bytes = match &refusal {
+        Refusal::Gone => return Next::Gone,
+        Refusal::Error(error) | Refusal::Accounted(error) => answer::error(error, request.dialect, head),
+        Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
+    };
+    write_whole(client, core, &bytes, head).await
+}
+
+/// A request without a body ends with its head, whatever became of it.
+fn consume_bodyless(client: &mut Client) {
+    if client.head.framing == Framing::None && client.head.len > 0 {
+        client.inbuf.drain(..client.head.len);
+        client.head.len = 0;
+    }
+}
+
+async fn write_whole(client: &mut Client, core: &Rc<Core>, bytes: &[u8], head: answer::Head) -> Next {
+    core.telemetry.counters().bytes_to_clients.add(bytes.len() as u64);
+    match client.conn.write_all(bytes, client.stall).await {
+        Ok(()) if head.keep_alive => Next::KeepAlive,
+        Ok(()) => Next::Close,
+        Err(_) => Next::Gone,
+    }
+}
+
+/// The stages in their order.
+async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Next, Refusal> {
+    let api = match route(client)? {
+        Route::Api(api) => api,
+        Route::Health => return Ok(own_answer(client, core, request, 200, br#"{"status":"ok"}"#).await),
+        Route::Ready => return Ok(ready(client, core, request).await),
+        Route::Models => {
+            let key = authenticate(client, request)?.clone();
+            return Ok(models(client, core, request, &key).await);
+        }
+    };
+    let key = authenticate(client, request)?.clone();
+    let fields = upstream::forwarded(&client.head, &client.inbuf);
+    let body = receive_body(client, core).await?;
+    let call = Call::parse(api, body.bytes())?;
+    let model = authorize(request, &key, &call)?.clone();
+    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
+    let order = Order { id: request.id, api, model: &model, call: &call, body: body.bytes(), fields: &fields };
+    let upstream = dispatch(client, core, &order, &mut account).await?;
+    let hide_usage = call.hide_usage;
+    // A stream may run for minutes; what it was asked with is not needed any more.
+    drop(call);
+    drop((body, fields));
+    let terms = relay::Terms {
+        api,
+        hide_usage,
+        timeouts: model.timeouts,
+        report,
+        dialect: request.dialect,
+        head: request.answer(client),
+    };
+    Ok(relay::run(client, core, upstream, account, terms).await)
+}
+
+fn begin(client: &Client, core: &Rc<Core>) -> Request {
+    let head = &client.head;
+    let id = core.next_id();
+    let anthropic = head.field(&client.inbuf, "anthropic-version").is_some();
+    Request {
+        id,
+        started_ns: clock::monotonic_ns(),
+        snapshot: core.snapshot(),
+        dialect: if anthropic { Dialect::Anthropic } else { Dialect::OpenAi },
+        head: answer::Head {
+            id: Some(id),
+            version: head.version,
+            keep_alive: head.keep_alive && core.drain.level() < DRAIN,
+            bodyless: head.method == Method::Head,
+        },
+    }
+}
+
+impl Request {
+    /// The basis of an answer's head now: a body that was not received to its end closes the connection.
+    fn answer(&self, client: &Client) -> answer::Head {
+        let at_border = client.head.len == 0;
+        answer::Head { keep_alive: self.head.keep_alive && at_border, ..self.head }
+    }
+}
+
+fn route(client: &Client) -> Result<Route, Error> {
+    let target = client.head.target.of(&client.inbuf);
+    let path = target.split(|&b| b == b'?').next().unwrap_or_default();
+    let method = client.head.method;
+    let route = match path {
+        b"/healthz" => Route::Health,
+        b"/readyz" => Route::Ready,
+        b"/v1/models" => Route::Models,
+        _ => match Api::of_path(path) {
+            Some(api) => Route::Api(api),
+            None => return Err(Error::new(Kind::NotFound, "no such path; the API is below /v1")),
+        },
+    };
+    let allowed = match route {
+        Route::Api(_) => method == Method::Post,
+        _ => matches!(method, Method::Get | Method::Head),
+    };
+    match allowed {
+        true => Ok(route),
+        false => Err(Error::new(Kind::MethodNotAllowed, "the path does not take this method")),
+    }
+}
+
+/// Who is it.
+fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key>, Error> {
+    let field = |name| client.head.field(&client.inbuf, name);
+    let bearer = || {
+        let value = field("authorization")?;
+        let (scheme, token) = value.split_at_checked(7)?;
+        scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+    };
+    let secret = bearer().or_else(|| field("x-api-key")).or_else(|| field("x-goog-api-key"));
+    let Some(secret) = secret else {
+        let message = "you did not provide an API key; send it as `Authorization: Bearer KEY`";
+        return Err(Error { code: Some("missing_api_key"), ..Error::new(Kind::Unauthenticated, message) });
+    };
+    let unknown = || Error::new(Kind::Unauthenticated, "incorrect API key provided");
+    request.snapshot.key(secret).ok_or_else(unknown)
+}
+
+async fn receive_body(client: &mut Client, core: &Rc<Core>) -> Result<Body, Refusal> {
+    match race(body::receive(client, core), core.drain.reached(STOP)).await {
+        Either::First(Ok(body)) => {
+            // The head is consumed with its body: what `inbuf` holds now is the next request's.
+            client.head.len = 0;
+            Ok(body)
+        }
+        Either::First(Err(body::Failed::Error(error))) => Err(error.into()),
+        Either::First(Err(body::Failed::Gone)) => Err(Refusal::Gone),
+        Either::Second(()) => Err(Error::new(Kind::Stopping, "the gateway is being stopped").into()),
+    }
+}
+
+/// May it use this model.
+fn authorize<'r>(request: &'r Request, key: &Key, call: &Call<'_>) -> Result<&'r Arc<Model>, Error> {
+    let name = call.model.as_ref();
+    let model = request.snapshot.model(name);
+    if let Some(model) = model.filter(|_| key.may_use(name)) {
+        return Ok(model);
+    }
+    // A key that is bound to some models does not learn which others exist.
+    if model.is_some() || !key.may_use(name) {
+        return Err(Error::new(Kind::Forbidden, "this key may not use this model"));
+    }
+    let message = "no such model; GET /v1/models lists what this key may use";
+    Err(Error { code: Some("model_not_found"), param: Some("model"), ..Error::new(Kind::NotFound, message) })
+}
+
+/// Reserves what the request may use, and opens its account.
+#[allow(clippy::too_many_arguments)]
+fn admit(
+    client: &Client,
+    core: &Rc<Core>,
+    request: &Request,
+    api: Api,
+    key: &Arc<Key>,
+    model: &Arc<Model>,
+    call: &Call<'_>,
+    body: &Body,
+) -> Result<(Account, Report), Refusal> {
+    if !core.books_are_open() {
+        core.telemetry.counters().ledger_full.inc();
+        let message = "the gateway cannot record requests now; try again";
+        let error = Error { code: Some("ledger_full"), ..Error::new(Kind::Overloaded, message) };
+        return Err(Error { retry_after_s: Some(RETRY_AFTER_S), ..error }.into());
+    }
+    let output = match api {
+        Api::Embeddings => 0,
+        _ => call.output_max.unwrap_or(model.output_tokens_default),
+    };
+    let estimate = Estimate {
+        input: estimate_input(body.bytes()),
+        output,
+        output_is_explicit: call.output_max.is_some(),
+    };
+    let now_ns = clock::monotonic_ns();
+    let admission = quota::policy::admit(&key.limits, &model.name, &estimate, now_ns)
+        .map_err(|denied| Refusal::Denied(limit_error(&denied), Box::new(denied)))?;
+    core.note_accepted(client.ip);
+    let reservation: Reservation = admission.reservation;
+    let account = Account::open(
+        core,
+        request.id,
+        request.started_ns,
+        client.ip,
+        key,
+        model,
+        api,
+        estimate.input,
+        body.bytes().len(),
+        reservation,
+    );
+    Ok((account, admission.report))
+}
+
+fn limit_error(denied: &Denied) -> Error {
+    let window_s = denied.rate.window_ns / 1_000_000_000;
+    let (unit, amount, asked) = (denied.unit.name(), denied.rate.amount, denied.asked);
+    if denied.never {
+        let message = format!(
+            "the request asks for up to {asked} {unit}, more than {} permits at all: {amount} per {window_s} s; \
+             lower max_tokens",
+            denied.name
+        );
+        return Error { code: Some("request_over_limit"), ..Error::new(Kind::RateLimited, message) };
+    }
+    let message = format!(
+        "rate limit reached for {unit} ({}): {amount} per {window_s} s, {} left, {asked} asked",
+        denied.name, denied.standing.remaining
+    );
+    let seconds = denied.standing.retry_after_ns.div_ceil(1_000_000_000);
+    Error { retry_after_s: Some(seconds), ..Error::new(Kind::RateLimited, message) }
+}
+
+/// Finds an upstream that answers. The client's hang-up, or the gateway's end, ends that at once.
+async fn dispatch(
+    client: &mut Client,
+    core: &Rc<Core>,
+    order: &Order<'_>,
+    account: &mut Account,
+) -> Result<Upstream, Refusal> {
+    let ends = race(client.gone(core), core.drain.reached(STOP));
+    let dispatched = race(dispatch::run(core, order, account), ends).await;
+    let prompt_only = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    let (error, outcome, usage) = match dispatched {
+        Either::First(Ok(upstream)) => return Ok(upstream),
+        Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => (error, Outcome::TimedOut, prompt_only),
+        Either::First(Err(error)) => (error, Outcome::UpstreamFailed, Usage::default()),
+        Either::Second(Either::First(())) => {
+            account.settle(Outcome::ClientGone, prompt_only, true);
+            return Err(Refusal::Gone);
+        }
+        Either::Second(Either::Second(())) => {
+            (Error::new(Kind::Stopping, "the gateway is being stopped"), Outcome::Stopped, prompt_only)
+        }
+    };
+    account.answering(error.status(), false);
+    account.error(error.code());
+    account.settle(outcome, usage, usage != Usage::default());
+    Err(Refusal::Accounted(error))
+}
+
+/// An answer of the gateway's own.
+async fn own_answer(client: &mut Client, core: &Rc<Core>, request: &Request, status: u16, body: &[u8]) -> Next {
+    consume_bodyless(client);
+    let head = request.answer(client);
+    core.telemetry.counters().response(status);
+    write_whole(client, core, &answer::json(status, body, head), head).await
+}
+
+/// Whether new work is welcome: no while the gateway drains or cannot keep its books.
+async fn ready(client: &mut Client, core: &Rc<Core>, request: &Request) -> Next {
+    if core.drain.level() >= DRAIN {
+        return own_answer(client, core, request, 503, br#"{"status":"stopping"}"#).await;
+    }
+    if !core.books_are_open() {
+        return own_answer(client, core, request, 503, br#"{"status":"ledger full"}"#).await;
+    }
+    own_answer(client, core, request, 200, br#"{"status":"ready"}"#).await
+}
+
+/// The virtual models that a key may use, as OpenAI lists models.
+async fn models(client: &mut Client, core: &Rc<Core>, request: &Request, key: &Key) -> Next {
+    let model = |id| serde_json::json!({ "id": id, "object": "model", "created": 0, "owned_by": "gateway" });
+    let data: Vec<_> = request.snapshot.models_of(key).into_iter().map(model).collect();
+    let list = serde_json::json!({ "object": "list", "data": data }).to_string();
+    own_answer(client, core, request, 200, list.as_bytes()).await
+}
+
+fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Error) {
+    core.telemetry.counters().response(error.status());
+    // The head may be consumed by now; then the path is known to be one of the API's.
+    let path = match client.head.len {
+        0 => Cow::Borrowed("/v1"),
+        _ => String::from_utf8_lossy(client.head.target.of(&client.inbuf)),
+    };
+    core.telemetry.log_access(AccessEntry {
+        time_unix_ms: request.id.unix_ms(),
+        request_id: Some(request.id),
+        client: Some(client.ip),
+        method: client.head.method.name().into(),
+        path: path_of(&path).into(),
+        status: error.status(),
+        outcome: "refused",
+        error: Some(error.code()),
+        duration_us: (clock::monotonic_ns() - request.started_ns) / 1000,
+        ..AccessEntry::default()
+    });
+}
