@@ -1,1 +1,8 @@
-//! x
+//! Load harness of the gateway: a simulated fleet ([`upstream`]) and a load generator ([`load`]).
+//!
+//! Both are state machines on `epoll` without a runtime, because a harness has to cost much less than what it measures.
+
+mod http;
+mod slab;
+pub mod upstream;
+mod wheel;
