@@ -43,13 +43,9 @@ impl<T> Slab<T> {
         Some(value)
     }
 
-    /// Values stored.
-    pub fn len(&self) -> usize {
-        self.entries.len() - self.free.len()
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// All values, in the order of their indices.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.entries.iter_mut().flatten()
     }
 }
 
@@ -63,7 +59,8 @@ mod tests {
         assert_eq!((slab.insert('a'), slab.insert('b')), (0, 1));
         assert_eq!(slab.remove(0), Some('a'));
         assert_eq!(slab.remove(0), None);
-        assert_eq!((slab.vacant(), slab.insert('c'), slab.len()), (0, 0, 2));
+        assert_eq!((slab.vacant(), slab.insert('c')), (0, 0));
+        assert_eq!(slab.iter_mut().map(|value| *value).collect::<String>(), "cb");
         assert_eq!(slab.get_mut(0), Some(&mut 'c'));
     }
 }

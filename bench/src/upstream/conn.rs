@@ -123,6 +123,8 @@ pub struct Connection {
     split_bytes: usize,
     split_gap_ns: u64,
     stale: Stale,
+    /// The peer asked for the connection's end after this answer.
+    close_asked: bool,
     /// Number of the timer that counts; 0 for none.
     pub timer: u64,
     /// When that timer fires.
@@ -152,6 +154,7 @@ impl Connection {
             split_bytes: 0,
             split_gap_ns: 0,
             stale: Stale::No,
+            close_asked: false,
             timer: 0,
             timer_at_ns: 0,
         }
@@ -257,7 +260,7 @@ impl Connection {
             count(&counters.streams_completed);
             counters.streams_open.fetch_sub(1, Relaxed);
         }
-        if ending.close || ending.stale == Stale::AtOnce {
+        if ending.close || self.close_asked || ending.stale == Stale::AtOnce {
             let _ = self.socket.shutdown(Shutdown::Write);
             return Some(Wait::Close);
         }
@@ -386,6 +389,7 @@ impl Connection {
         if fields.expect_continue {
             self.out.extend_from_slice(b"HTTP/1.1 100 Continue\r\n\r\n");
         }
+        self.close_asked = fields.close;
         let length = if fields.chunked {
             0
         } else {
