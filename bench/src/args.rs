@@ -24,6 +24,11 @@ struct Args {
 enum Command {
     Upstream(UpstreamArgs),
     Load(Box<LoadArgs>),
+    /// Put the reports of bench/run.sh side by side
+    Compare {
+        /// Directory with files named SCENARIO.TARGET.ROUND.json
+        directory: PathBuf,
+    },
 }
 
 /// Simulate a fleet of OpenAI-compatible servers
@@ -146,6 +151,10 @@ pub fn run() -> Result<ExitCode> {
     match Args::parse().command {
         Command::Upstream(args) => run_upstream(&args),
         Command::Load(args) => run_load(&args),
+        Command::Compare { directory } => {
+            println!("{}", compare::table(&directory)?);
+            Ok(ExitCode::SUCCESS)
+        }
     }
 }
 
