@@ -21,3 +21,21 @@ pub fn raise_descriptor_limit() {
         }
     }
 }
+
+/// Ends a child process when this one ends, however that happens (prctl(2), `PR_SET_PDEATHSIG`).
+pub fn end_with_parent(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    // SAFETY: between fork and exec only prctl is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM);
+            Ok(())
+        });
+    }
+}
+
+/// Asks a process to end (SIGTERM).
+pub fn terminate(pid: u32) {
+    // SAFETY: kill takes plain numbers.
+    unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) };
+}
