@@ -32,7 +32,7 @@ const INNER: &str = "GATEWAY_KERNEL_TEST";
 
 // ---- isolation ----
 
-/// Declares tests that run isolated, with these capabilities (of `setpriv`).
+/// Declares tests that run isolated, with a bounding set of capabilities (of `setpriv`; empty: all that there are).
 macro_rules! isolated {
     ($($name:ident($caps:literal) $body:block)*) => {$(
         #[test]
@@ -57,10 +57,12 @@ fn in_isolation(name: &str, caps: &str) {
     let setup = "echo $$ > \"$0\"/cgroup.procs && ip link set lo up \
                  && ip addr add 2001:db8:0:1::1/64 dev lo && ip addr add 2001:db8:0:1::2/64 dev lo \
                  && ip addr add 2001:db8:0:2::1/64 dev lo && exec \"$@\"";
-    let output = Command::new("unshare")
-        .args(["--net", "sh", "-c", setup])
-        .arg(&cgroup.0)
-        .args(["setpriv", "--bounding-set", caps, "--inh-caps", caps])
+    let mut command = Command::new("unshare");
+    command.args(["--net", "sh", "-c", setup]).arg(&cgroup.0);
+    if !caps.is_empty() {
+        command.args(["setpriv", "--bounding-set", caps, "--inh-caps", "-all"]);
+    }
+    let output = command
         .arg(std::env::current_exe().expect("this test"))
         .args(["--exact", name, "--nocapture"])
         .env(INNER, name)
@@ -237,7 +239,7 @@ fn place_everything(kernel: &mut Kernel, core: usize) {
 // ---- tests ----
 
 isolated! {
-    a_blocked_client_is_refused_and_others_are_served("+all") {
+    a_blocked_client_is_refused_and_others_are_served("") {
         let (kernel, group) = guarded();
         kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
         for _ in 0..3 {
@@ -253,7 +255,7 @@ isolated! {
         assert!(blocked[0].remaining <= HOLD && blocked[0].remaining > HOLD - PATIENCE);
     }
 
-    an_open_connection_outlives_the_block("+all") {
+    an_open_connection_outlives_the_block("") {
         let (kernel, group) = guarded();
         let mut client = connect("127.0.0.7", group.port()).expect("a connection");
         let (_, mut server) = group.accept();
@@ -265,7 +267,7 @@ isolated! {
         assert!(refused("127.0.0.7", group.port()));
     }
 
-    a_block_ends_by_itself("+all") {
+    a_block_ends_by_itself("") {
         let (kernel, group) = guarded();
         let hold = Duration::from_millis(300);
         let start = Instant::now();
@@ -277,7 +279,7 @@ isolated! {
         assert!(!kernel.unblock(ip("127.0.0.7")).expect("asked"), "over is not blocked");
     }
 
-    a_block_ends_by_hand("+all") {
+    a_block_ends_by_hand("") {
         let (kernel, group) = guarded();
         kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
@@ -286,7 +288,7 @@ isolated! {
         assert!(!kernel.unblock(ip("127.0.0.7")).expect("asked"));
     }
 
-    blocking_again_changes_the_end_and_keeps_the_count("+all") {
+    blocking_again_changes_the_end_and_keeps_the_count("") {
         let (kernel, group) = guarded();
         kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
@@ -297,7 +299,7 @@ isolated! {
         assert!(blocked[0].remaining > HOLD);
     }
 
-    observing_counts_and_lets_in("+all") {
+    observing_counts_and_lets_in("") {
         let (kernel, group) = guarded();
         kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
         kernel.set_observe(true);
@@ -309,7 +311,7 @@ isolated! {
         assert_eq!((kernel.stats().dropped, kernel.stats().would_drop), (1, 1));
     }
 
-    the_mode_of_the_configuration_may_be_observe("+all") {
+    the_mode_of_the_configuration_may_be_observe("") {
         let group = Group::new("127.0.0.1:0", 1);
         let config = schema::Kernel { mode: schema::KernelMode::Observe, ..schema::Kernel::default() };
         let mut kernel = load(&config, 1).expect("the programs");
@@ -319,7 +321,7 @@ isolated! {
         assert_eq!(kernel.stats().would_drop, 1);
     }
 
-    ipv6_clients_are_blocked_by_their_64_and_ipv4_ones_on_a_dual_stack_listener("+all") {
+    ipv6_clients_are_blocked_by_their_64_and_ipv4_ones_on_a_dual_stack_listener("") {
         let group = Group::new("[::]:0", 2);
         let mut kernel = load(&schema::Kernel::default(), 2).expect("the programs");
         kernel.guard(&group.fds()).expect("guarded");
@@ -338,7 +340,7 @@ isolated! {
         assert!(clients.contains(&ip("2001:db8:0:2::")) && clients.contains(&ip("127.0.0.8")), "{clients:?}");
     }
 
-    the_host_itself_and_exempt_networks_are_not_blocked("+all") {
+    the_host_itself_and_exempt_networks_are_not_blocked("") {
         let group = Group::new("127.0.0.1:0", 1);
         let mut config = schema::Kernel::default();
         config.drop.exempt = vec!["127.0.1.0/24".parse().expect("a network")];
@@ -356,7 +358,7 @@ isolated! {
         assert!(kernel.blocked().is_empty());
     }
 
-    every_packet_of_a_cpu_goes_to_its_core("+all") {
+    every_packet_of_a_cpu_goes_to_its_core("") {
         let (mut kernel, group) = guarded();
         for core in [0, 1, 0] {
             place_everything(&mut kernel, core);
@@ -370,7 +372,7 @@ isolated! {
         assert_eq!((stats.steered, stats.steered_away, stats.fallback), (60, 0, 0));
     }
 
-    an_overloaded_core_gives_away_just_enough("+all") {
+    an_overloaded_core_gives_away_just_enough("") {
         let (mut kernel, group) = guarded();
         place_everything(&mut kernel, 0);
         let own = LOAD_SLACK + 68;
@@ -387,7 +389,7 @@ isolated! {
         assert_eq!(group.core_of("127.0.0.8"), 0);
     }
 
-    two_groups_are_told_apart("+all") {
+    two_groups_are_told_apart("") {
         let (mut kernel, first) = guarded();
         let second = Group::new("127.0.0.1:0", 2);
         kernel.guard(&second.fds()).expect("guarded");
@@ -399,7 +401,7 @@ isolated! {
         assert!(refused("127.0.0.7", first.port()) && refused("127.0.0.7", second.port()));
     }
 
-    a_core_without_listener_is_replaced_by_the_hash("+all") {
+    a_core_without_listener_is_replaced_by_the_hash("") {
         let (mut kernel, mut group) = guarded();
         place_everything(&mut kernel, 1);
         drop(group.0.remove(1));
@@ -411,7 +413,7 @@ isolated! {
         assert_eq!((kernel.stats().steered, kernel.stats().fallback), (1, 1));
     }
 
-    guarding_again_releasing_and_steering_off("+all") {
+    guarding_again_releasing_and_steering_off("") {
         let (mut kernel, group) = guarded();
         // More often than there are slots: each time the group keeps its own.
         for _ in 0..20 {
@@ -431,7 +433,7 @@ isolated! {
         }
     }
 
-    sockets_without_a_group_are_refused_with_a_reason("+all") {
+    sockets_without_a_group_are_refused_with_a_reason("") {
         let mut kernel = load(&schema::Kernel::default(), 1).expect("the programs");
         let plain = TcpListener::bind("127.0.0.1:0").expect("a listener");
         let off = kernel.guard(&[plain.as_fd()]).expect_err("no SO_REUSEPORT");
@@ -439,7 +441,7 @@ isolated! {
         assert!(kernel.guard(&[]).is_err());
     }
 
-    accounting_is_exact("+all") {
+    accounting_is_exact("") {
         let (kernel, group) = guarded();
         const CONNECTIONS: usize = 50;
         const REQUEST: usize = 1000;
@@ -478,7 +480,7 @@ isolated! {
         assert!(client.srtt > Duration::ZERO && client.srtt < PATIENCE, "{:?}", client.srtt);
     }
 
-    open_connections_and_aborted_ones_are_counted("+all") {
+    open_connections_and_aborted_ones_are_counted("") {
         let (kernel, group) = guarded();
         let aborted = connect("127.0.0.9", group.port()).expect("a connection");
         let kept = connect("127.0.0.8", group.port()).expect("a connection");
@@ -493,7 +495,7 @@ isolated! {
         drop((kept, servers));
     }
 
-    two_gateways_share_a_cgroup("+all") {
+    two_gateways_share_a_cgroup("") {
         let (first, first_group) = guarded();
         let (second, second_group) = guarded();
         first_group.core_of("127.0.0.8");
@@ -505,7 +507,7 @@ isolated! {
         until("the other goes on", || second.stats().closed == 3);
     }
 
-    nothing_is_dropped_after_the_end("+all") {
+    nothing_is_dropped_after_the_end("") {
         let (kernel, group) = guarded();
         kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
@@ -513,7 +515,7 @@ isolated! {
         group.core_of("127.0.0.7");
     }
 
-    a_drop_is_logged_once_for_many("+all") {
+    a_drop_is_logged_once_for_many("") {
         let lines = Lines::default();
         let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(lines.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
@@ -560,7 +562,7 @@ isolated! {
         assert!(off.reason.starts_with("CAP_BPF is missing"), "{off}");
     }
 
-    a_cgroup_that_is_none_degrades_with_a_reason("+all") {
+    a_cgroup_that_is_none_degrades_with_a_reason("") {
         for directory in ["/nonexistent", "/tmp"] {
             let config = schema::Kernel { cgroup: Some(directory.into()), ..schema::Kernel::default() };
             let kernel = load(&config, 1).expect("the programs");
