@@ -399,6 +399,7 @@ fn child_fills_the_disk() {
     wait_for("three segments", || ledger.status().segments == 3);
     let mut filler = std::fs::File::create(dir.join("filler")).unwrap();
     while filler.write_all(&[0; 4096]).is_ok() {}
+    drop(filler);
 
     let mut appended = 0;
     while journal.append(&large_record(appended)) == Ok(()) {
