@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context, bail};
 
+use super::client;
 use crate::{config, net::process};
 
 /// How long a process may take to be ready.
@@ -87,6 +88,7 @@ impl Stage {
     }
 
     fn start_gateway(&mut self) -> anyhow::Result<()> {
+        fs::write(self.directory.join("upstream.key"), "demo-upstream-credential\n")?;
         fs::write(&self.config, self.configuration())?;
         let log = fs::File::create(self.directory.join("gateway.log"))?;
         let mut command = Command::new(&self.program);
@@ -95,7 +97,7 @@ impl Stage {
         process::end_with_parent(&mut command);
         self.children.push(command.spawn().context("cannot start the gateway")?);
         let started = Instant::now();
-        while TcpStream::connect(self.gateway).is_err() {
+        while !self.is_ready() {
             let ended = self.children[1].try_wait()?.is_some();
             if ended || started.elapsed() > READY_TIME {
                 self.show_log();
@@ -104,6 +106,12 @@ impl Stage {
             thread::sleep(Duration::from_millis(20));
         }
         Ok(())
+    }
+
+    fn is_ready(&self) -> bool {
+        let ask = || client::request(Ipv4Addr::LOCALHOST, self.gateway, "", "GET", "/readyz", "", |_| {});
+        // The sockets listen before anybody accepts: wait for what a client would see.
+        TcpStream::connect(self.admin).is_ok() && ask().is_ok_and(|answer| answer.status == 200)
     }
 
     /// What the gateway is told: as an operator would write it.
@@ -115,7 +123,7 @@ listeners:
   - address: {gateway}
 admin: {{ address: {admin} }}
 providers:
-  fleet: {{ kind: openai, key: "demo-upstream-credential", endpoints: ["{fleet}"] }}
+  fleet: {{ kind: openai, key: "${{file:upstream.key}}", endpoints: ["{fleet}"] }}
 models:
   - name: fast
     targets:
