@@ -10,14 +10,17 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// An eBPF-accelerated, high-throughput gateway for LLM traffic
 #[derive(Parser)]
-#[command(version, after_help = "\
+#[command(
+    version,
+    after_help = "\
 Examples:
   gateway demo                             see it work, on loopback, with a simulated fleet
   gateway keys create --name alice         make a key
   gateway run -c /etc/gateway/gateway.yaml run it
   gateway status                           how is it
 
-The configuration's fields stand in `gateway schema` and in examples/gateway.yaml.")]
+The configuration's fields stand in `gateway schema` and in examples/gateway.yaml."
+)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,

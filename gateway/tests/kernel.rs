@@ -48,7 +48,11 @@ macro_rules! isolated {
 
 fn in_isolation(name: &str, caps: &str) {
     if let Some(reason) = cannot() {
-        assert_ne!(std::env::var("GATEWAY_KERNEL_TESTS").as_deref(), Ok("required"), "{reason}");
+        assert_ne!(
+            std::env::var("GATEWAY_KERNEL_TESTS").as_deref(),
+            Ok("required"),
+            "{reason}"
+        );
         println!("skipped: {reason}");
         return;
     }
@@ -70,7 +74,10 @@ fn in_isolation(name: &str, caps: &str) {
         .expect("unshare");
     let text = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success() && text.contains("1 passed"), "{text}{errors}");
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}{errors}"
+    );
 }
 
 /// What is missing to run at all. A program that the verifier rejects is not: the tests must fail then.
@@ -92,9 +99,18 @@ fn cannot() -> Option<String> {
     if let Err(error) = Cgroup::new("probe") {
         return Some(format!("no cgroup2 to write to: {error}"));
     }
-    let config = schema::Kernel { cgroup: Some("/nonexistent".into()), ..schema::Kernel::default() };
-    match Kernel::load(&Plan { config: &config, cores: 1, ports: &[] }) {
-        Err(off) if off.reason.contains("missing") || off.reason.contains("not permitted") => Some(off.reason),
+    let config = schema::Kernel {
+        cgroup: Some("/nonexistent".into()),
+        ..schema::Kernel::default()
+    };
+    match Kernel::load(&Plan {
+        config: &config,
+        cores: 1,
+        ports: &[],
+    }) {
+        Err(off) if off.reason.contains("missing") || off.reason.contains("not permitted") => {
+            Some(off.reason)
+        }
         _ => None,
     }
 }
@@ -106,7 +122,10 @@ impl Cgroup {
     fn new(name: &str) -> io::Result<Cgroup> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        let mount = mounts.lines().find(|line| line.contains(" - cgroup2 ")).ok_or(ErrorKind::NotFound)?;
+        let mount = mounts
+            .lines()
+            .find(|line| line.contains(" - cgroup2 "))
+            .ok_or(ErrorKind::NotFound)?;
         let point = mount.split(' ').nth(4).ok_or(ErrorKind::InvalidData)?;
         let (pid, next) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let directory = Path::new(point).join(format!("gateway-test-{pid}-{next}-{name}"));
@@ -198,7 +217,10 @@ fn refused(client: &str, port: u16) -> bool {
         Ok(_) => false,
         Err(error) => {
             let kind = error.kind();
-            assert!(matches!(kind, ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset), "{error}");
+            assert!(
+                matches!(kind, ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset),
+                "{error}"
+            );
             true
         }
     }
@@ -213,7 +235,11 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 fn load(config: &schema::Kernel, cores: usize) -> Result<Kernel, Off> {
-    Kernel::load(&Plan { config, cores, ports: &[] })
+    Kernel::load(&Plan {
+        config,
+        cores,
+        ports: &[],
+    })
 }
 
 /// The programs before a group of two listeners on 127.0.0.1.
@@ -575,7 +601,10 @@ isolated! {
 
 #[test]
 fn switched_off_is_off_whatever_the_rights() {
-    let config = schema::Kernel { mode: schema::KernelMode::Off, ..schema::Kernel::default() };
+    let config = schema::Kernel {
+        mode: schema::KernelMode::Off,
+        ..schema::Kernel::default()
+    };
     let off = load(&config, 1).expect_err("off");
     assert_eq!(off.reason, "switched off by kernel.mode");
 }

@@ -21,5 +21,8 @@ fn a_stream_arrives_whole_and_its_usage_is_counted_and_hidden() {
     assert!(!answer.text().contains("\"usage\":{"), "{}", answer.text());
     let records = gateway.await_records(1);
     assert_eq!(records[0].usage.completion, 20);
-    assert_eq!(answer.field("x-request-id"), Some(records[0].id.to_string().as_str()));
+    assert_eq!(
+        answer.field("x-request-id"),
+        Some(records[0].id.to_string().as_str())
+    );
 }

@@ -54,9 +54,20 @@ fn play(args: &Args) -> anyhow::Result<()> {
     println!("\nThe gateway serves until Ctrl-C. Try:\n");
     println!("  endpoint  http://{}/v1", stage.gateway);
     println!("  key       {}\n", stage.key);
-    println!("  curl -N http://{}/v1/chat/completions -H 'Authorization: Bearer {}' \\", stage.gateway, stage.key);
+    println!(
+        "  curl -N http://{}/v1/chat/completions -H 'Authorization: Bearer {}' \\",
+        stage.gateway, stage.key
+    );
     println!("    -d '{}'\n", walk::request_body(20));
-    println!("  {} status -c {}", stage.program.display(), stage.config.display());
-    println!("  {} usage -c {}\n", stage.program.display(), stage.config.display());
+    println!(
+        "  {} status -c {}",
+        stage.program.display(),
+        stage.config.display()
+    );
+    println!(
+        "  {} usage -c {}\n",
+        stage.program.display(),
+        stage.config.display()
+    );
     stage.wait()
 }

@@ -3,8 +3,8 @@
 pub mod check;
 pub mod common;
 pub mod demo;
-pub mod keys;
 pub mod kernel;
+pub mod keys;
 pub mod reload;
 pub mod run;
 pub mod schema;

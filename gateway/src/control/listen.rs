@@ -53,7 +53,11 @@ pub fn open(config: &Config, cores: usize) -> anyhow::Result<Vec<Group>> {
         for _ in 1..cores {
             sockets.push(tcp::listen(address).with_context(cannot)?);
         }
-        groups.push(Group { address, tls, sockets });
+        groups.push(Group {
+            address,
+            tls,
+            sockets,
+        });
     }
     Ok(groups)
 }
@@ -63,7 +67,10 @@ pub fn by_core(groups: Vec<Group>, cores: usize) -> Vec<Vec<Listening>> {
     let mut of_cores: Vec<Vec<Listening>> = (0..cores).map(|_| Vec::new()).collect();
     for group in groups {
         for (core, socket) in of_cores.iter_mut().zip(group.sockets) {
-            core.push(Listening { socket, tls: group.tls.clone() });
+            core.push(Listening {
+                socket,
+                tls: group.tls.clone(),
+            });
         }
     }
     of_cores

@@ -74,7 +74,9 @@ fn on_control_runtime<F: Future>(uring: bool, future: F) -> F::Output {
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     // Without even epoll there is nothing to serve with.
-    runtime.expect("a tokio runtime needs epoll and an eventfd").block_on(future)
+    runtime
+        .expect("a tokio runtime needs epoll and an eventfd")
+        .block_on(future)
 }
 
 /// A started gateway: its threads run, its control thread does not yet.
@@ -111,18 +113,48 @@ impl Gateway {
         let tls = listeners.iter().map(|listener| listener.tls.clone()).collect();
         let sockets = listen::by_core(listeners, cores);
         let pins = if config.workers.pin { cpus } else { Vec::new() };
-        let threads = core::start(&shared, engine, &pins, sockets.into_iter().zip(journals).collect())
-            .context("cannot start the data plane")?;
+        let threads = core::start(
+            &shared,
+            engine,
+            &pins,
+            sockets.into_iter().zip(journals).collect(),
+        )
+        .context("cannot start the data plane")?;
         let ledger = Arc::new(ledger);
         let drain = config.drain.0;
-        let state = State::new(path, config, shared, engine, kernel, ledger.clone(), registry, log, addresses, tls)?;
+        let state = State::new(
+            path,
+            config,
+            shared,
+            engine,
+            kernel,
+            ledger.clone(),
+            registry,
+            log,
+            addresses,
+            tls,
+        )?;
         tracing::info!(cores, engine = engine.name(), admin = %admin.local_addr()?, "ready");
-        Ok(Gateway { state: Arc::new(state), threads, ledger, admin, token, drain })
+        Ok(Gateway {
+            state: Arc::new(state),
+            threads,
+            ledger,
+            admin,
+            token,
+            drain,
+        })
     }
 
     /// The control thread's work until the end.
     async fn control(self) -> anyhow::Result<()> {
-        let Gateway { state, threads, ledger, admin, token, drain } = self;
+        let Gateway {
+            state,
+            threads,
+            ledger,
+            admin,
+            token,
+            drain,
+        } = self;
         let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
         let admin = tokio::net::TcpListener::from_std(admin)?;
         let api = admin::serve(admin, state.clone(), token, async {
@@ -158,12 +190,21 @@ fn choose_engine(config: &Config) -> anyhow::Result<Engine> {
 }
 
 /// Loads the kernel plane, or says why not.
-fn load_kernel(config: &Config, cores: usize, listeners: &[listen::Group]) -> anyhow::Result<Result<Kernel, String>> {
+fn load_kernel(
+    config: &Config,
+    cores: usize,
+    listeners: &[listen::Group],
+) -> anyhow::Result<Result<Kernel, String>> {
     if config.kernel.mode == KernelMode::Off {
         return Ok(Err("switched off (kernel.mode)".into()));
     }
     let ports: Vec<u16> = listeners.iter().map(|listener| listener.address.port()).collect();
-    let loaded = Kernel::load(&Plan { config: &config.kernel, cores, ports: &ports }).and_then(|mut kernel| {
+    let loaded = Kernel::load(&Plan {
+        config: &config.kernel,
+        cores,
+        ports: &ports,
+    })
+    .and_then(|mut kernel| {
         for listener in listeners {
             kernel.guard(&listener.descriptors())?;
         }
@@ -178,7 +219,10 @@ fn load_kernel(config: &Config, cores: usize, listeners: &[listen::Group]) -> an
             Ok(Ok(kernel))
         }
         Err(off) if config.kernel.mode == KernelMode::Required => {
-            bail!("kernel.mode is required, and the kernel plane cannot be loaded: {}", off.reason)
+            bail!(
+                "kernel.mode is required, and the kernel plane cannot be loaded: {}",
+                off.reason
+            )
         }
         Err(off) => {
             tracing::warn!("kernel plane is off: {}; all else works", off.reason);
@@ -237,7 +281,10 @@ fn end(state: &State, deadline: Option<Instant>, drain: Duration) -> Instant {
         return stop(state);
     }
     notify::stopping();
-    tracing::info!(seconds = drain.as_secs(), "draining: no new connections, running requests go on");
+    tracing::info!(
+        seconds = drain.as_secs(),
+        "draining: no new connections, running requests go on"
+    );
     state.shared.raise(DRAIN);
     Instant::now() + drain
 }

@@ -95,7 +95,9 @@ impl State {
     pub fn tick(&self) {
         let kernel = self.kernel().ok();
         for _ in 0..OFFENDERS_PER_TICK {
-            let Some(client) = self.shared.refusals.next_offender() else { break };
+            let Some(client) = self.shared.refusals.next_offender() else {
+                break;
+            };
             if let Some(kernel) = &kernel {
                 self.drop_offender(kernel, client);
             }
@@ -111,7 +113,9 @@ impl State {
     fn drop_offender(&self, kernel: &Kernel, client: IpAddr) {
         let hold = self.inner().config.kernel.drop.hold.0;
         match kernel.block(client, hold) {
-            Ok(()) => tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked"),
+            Ok(()) => {
+                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
+            }
             Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
             Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
         }
@@ -120,7 +124,10 @@ impl State {
     /// Whether every core has shown itself lately.
     pub fn cores_are_alive(&self, age_ms_max: u64) -> bool {
         let now_ms = clock::monotonic_ns() / 1_000_000;
-        self.shared.cores.iter().all(|core| core.heartbeat_age_ms(now_ms) <= age_ms_max)
+        self.shared
+            .cores
+            .iter()
+            .all(|core| core.heartbeat_age_ms(now_ms) <= age_ms_max)
     }
 
     /// Writes out what is left at the end.
@@ -161,13 +168,17 @@ impl State {
         }
         let parts = unchanged.join(", ");
         tracing::warn!("changes to {parts} take effect with a restart only");
-        Ok(format!("reloaded, generation {generation}; changes to {parts} need a restart"))
+        Ok(format!(
+            "reloaded, generation {generation}; changes to {parts} need a restart"
+        ))
     }
 
     /// Reads certificates again, for listeners that stay what they were.
     fn fresh_tls(&self, config: &Config) -> Result<Vec<Option<Arc<rustls::ServerConfig>>>, String> {
         let load = |listener: &config::schema::Listener| match &listener.tls {
-            Some(settings) => tls::server_config(settings).map(Some).map_err(|error| format!("{error:#}")),
+            Some(settings) => tls::server_config(settings)
+                .map(Some)
+                .map_err(|error| format!("{error:#}")),
             None => Ok(None),
         };
         config.listeners.iter().map(load).collect()
@@ -216,7 +227,9 @@ impl State {
 
     fn kernel_brief(&self) -> Value {
         match self.kernel() {
-            Ok(kernel) => json!({ "loaded": true, "dropped": kernel.stats().dropped, "blocked": kernel.blocked().len() }),
+            Ok(kernel) => {
+                json!({ "loaded": true, "dropped": kernel.stats().dropped, "blocked": kernel.blocked().len() })
+            }
             Err(reason) => json!({ "loaded": false, "reason": reason }),
         }
     }
@@ -245,14 +258,18 @@ impl State {
             Err(reason) => return json!({ "loaded": false, "reason": reason }),
         };
         let stats = kernel.stats();
-        let blocked: Vec<Value> = kernel.blocked().iter().map(|blocked| {
-            json!({
-                "client": blocked.client,
-                "remaining_seconds": blocked.remaining.as_secs_f64(),
-                "dropped": blocked.dropped,
-                "would_drop": blocked.would_drop,
+        let blocked: Vec<Value> = kernel
+            .blocked()
+            .iter()
+            .map(|blocked| {
+                json!({
+                    "client": blocked.client,
+                    "remaining_seconds": blocked.remaining.as_secs_f64(),
+                    "dropped": blocked.dropped,
+                    "would_drop": blocked.would_drop,
+                })
             })
-        }).collect();
+            .collect();
         json!({
             "loaded": true,
             "degraded": kernel.degraded(),
@@ -272,7 +289,9 @@ impl State {
 
     /// Blocks a client by hand.
     pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
-        self.kernel()?.block(client, hold).map_err(|error| error.to_string())
+        self.kernel()?
+            .block(client, hold)
+            .map_err(|error| error.to_string())
     }
 
     /// Lifts a block; false where there was none.
@@ -284,15 +303,29 @@ impl State {
 /// Parts of the configuration that a reload cannot change, as far as they differ.
 fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     let addresses = |config: &Config| {
-        config.listeners.iter().map(|listener| (listener.address, listener.tls.is_some())).collect::<Vec<_>>()
+        config
+            .listeners
+            .iter()
+            .map(|listener| (listener.address, listener.tls.is_some()))
+            .collect::<Vec<_>>()
     };
     let mut parts = Vec::new();
-    let mut note = |differs: bool, name| if differs { parts.push(name) };
+    let mut note = |differs: bool, name| {
+        if differs {
+            parts.push(name)
+        }
+    };
     note(addresses(before) != addresses(after), "listeners");
     note(before.admin.address != after.admin.address, "admin");
-    note(before.workers.threads != after.workers.threads || before.workers.driver != after.workers.driver, "workers");
+    note(
+        before.workers.threads != after.workers.threads || before.workers.driver != after.workers.driver,
+        "workers",
+    );
     note(before.ledger.path != after.ledger.path, "ledger");
     let off = |config: &Config| config.kernel.mode == KernelMode::Off;
-    note(off(before) != off(after) || before.kernel.cgroup != after.kernel.cgroup, "kernel");
+    note(
+        off(before) != off(after) || before.kernel.cgroup != after.kernel.cgroup,
+        "kernel",
+    );
     parts
 }

@@ -74,10 +74,21 @@ pub fn start(
     let count = cores.len();
     for (index, (listening, journal)) in cores.into_iter().enumerate() {
         let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
-        let start = Start { index, shared: shared.clone(), engine, cpu, listening, journal };
+        let start = Start {
+            index,
+            shared: shared.clone(),
+            engine,
+            cpu,
+            listening,
+            journal,
+        };
         let ready = ready.clone();
         let name = format!("core-{index}");
-        handles.push(thread::Builder::new().name(name).spawn(move || run(start, ready))?);
+        handles.push(
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || run(start, ready))?,
+        );
     }
     drop(ready);
     for _ in 0..count {
@@ -160,7 +171,11 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         if level >= DRAIN && core.connections.get() == 0 {
             return;
         }
-        let since_stop = if level >= STOP { now_ns - *stopped_ns.get_or_insert(now_ns) } else { 0 };
+        let since_stop = if level >= STOP {
+            now_ns - *stopped_ns.get_or_insert(now_ns)
+        } else {
+            0
+        };
         if since_stop > STOP_TIME.as_nanos() as u64 {
             return;
         }

@@ -118,7 +118,11 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         next = cause.source();
     }
     // The verifier's log has thousands of lines: the fault stands near the end, before a line of statistics.
-    let mut lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    let mut lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
     if lines.len() > 1 {
         tracing::debug!(error = %text, "the whole of it");
         let skipped = lines.len().saturating_sub(3).max(1);
@@ -168,6 +172,9 @@ mod tests {
         assert!(off.reason.starts_with("loading failed: "), "{off}");
         assert!(off.reason.contains("not permitted"), "{off}");
         let long = io::Error::other("first\n1\n2\n3\n\nfault\nstatistics");
-        assert_eq!(Off::failed("x", &long).reason, "x failed: first | 3 | fault | statistics");
+        assert_eq!(
+            Off::failed("x", &long).reason,
+            "x failed: first | 3 | fault | statistics"
+        );
     }
 }

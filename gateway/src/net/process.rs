@@ -2,7 +2,10 @@
 
 /// Keeps secrets out of core dumps: the process makes none.
 pub fn forbid_core_dumps() {
-    let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: setrlimit reads a local; prctl with PR_SET_DUMPABLE takes plain numbers.
     unsafe {
         libc::setrlimit(libc::RLIMIT_CORE, &none);
@@ -12,7 +15,10 @@ pub fn forbid_core_dumps() {
 
 /// Raises the soft limit of open descriptors to the hard one: every stream needs two.
 pub fn raise_descriptor_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: both calls read or write a local that lives over them.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) == 0 {

@@ -32,7 +32,10 @@ pub struct Answer {
 impl Answer {
     /// A header field, by its name in lower case.
     pub fn field(&self, name: &str) -> Option<&str> {
-        self.fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str())
+        self.fields
+            .iter()
+            .find(|(field, _)| field == name)
+            .map(|(_, value)| value.as_str())
     }
 
     /// The body as JSON.
@@ -50,15 +53,26 @@ impl Answer {
         let text = self.text().replace("\r\n", "\n");
         let data = |event: &str| {
             let lines = event.lines().filter_map(|line| line.strip_prefix("data:"));
-            lines.map(|line| line.trim_start().to_string()).collect::<Vec<_>>().join("\n")
+            lines
+                .map(|line| line.trim_start().to_string())
+                .collect::<Vec<_>>()
+                .join("\n")
         };
-        text.split("\n\n").map(data).filter(|data| !data.is_empty()).collect()
+        text.split("\n\n")
+            .map(data)
+            .filter(|data| !data.is_empty())
+            .collect()
     }
 
     /// The content of a chat stream, put together.
     pub fn content(&self) -> String {
-        let chunks = self.events().into_iter().filter_map(|data| serde_json::from_str::<Value>(&data).ok());
-        chunks.filter_map(|chunk| Some(chunk["choices"][0]["delta"]["content"].as_str()?.to_string())).collect()
+        let chunks = self
+            .events()
+            .into_iter()
+            .filter_map(|data| serde_json::from_str::<Value>(&data).ok());
+        chunks
+            .filter_map(|chunk| Some(chunk["choices"][0]["delta"]["content"].as_str()?.to_string()))
+            .collect()
     }
 }
 
@@ -69,7 +83,9 @@ pub fn expected_content(tokens: usize) -> String {
 
 /// A chat request's body.
 pub fn chat(model: &str, stream: bool) -> String {
-    format!(r#"{{"model":"{model}","stream":{stream},"messages":[{{"role":"user","content":"hello there"}}]}}"#)
+    format!(
+        r#"{{"model":"{model}","stream":{stream},"messages":[{{"role":"user","content":"hello there"}}]}}"#
+    )
 }
 
 impl Client {
@@ -88,12 +104,17 @@ impl Client {
         let socket: TcpStream = socket.into();
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_nodelay(true)?;
-        Ok(Client { socket, received: Vec::new() })
+        Ok(Client {
+            socket,
+            received: Vec::new(),
+        })
     }
 
     /// Sends bytes as they are.
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
-        self.socket.write_all(bytes.as_ref()).expect("the gateway takes bytes");
+        self.socket
+            .write_all(bytes.as_ref())
+            .expect("the gateway takes bytes");
     }
 
     /// Sends a POST with the usual key.
@@ -111,7 +132,9 @@ impl Client {
 
     /// Sends a GET with the usual key.
     pub fn get(&mut self, path: &str) {
-        self.send(format!("GET {path} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n\r\n"));
+        self.send(format!(
+            "GET {path} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n\r\n"
+        ));
     }
 
     /// Receives one answer.
@@ -122,7 +145,10 @@ impl Client {
     /// Receives one answer; an error says how it was cut.
     pub fn try_answer(&mut self) -> io::Result<Answer> {
         let mut head = ResponseHead::new();
-        while !head.parse(&self.received, Method::Post).map_err(io::Error::other)? {
+        while !head
+            .parse(&self.received, Method::Post)
+            .map_err(io::Error::other)?
+        {
             self.more()?;
         }
         let bytes: Vec<u8> = self.received.drain(..head.len).collect();
@@ -130,8 +156,17 @@ impl Client {
             return self.try_answer();
         }
         let text = |span: gateway::http::head::Span| String::from_utf8_lossy(span.of(&bytes)).into_owned();
-        let fields = head.fields.iter().map(|f| (text(f.name).to_lowercase(), text(f.value))).collect();
-        let mut answer = Answer { status: head.status, fields, body: Vec::new(), keep_alive: head.keep_alive };
+        let fields = head
+            .fields
+            .iter()
+            .map(|f| (text(f.name).to_lowercase(), text(f.value)))
+            .collect();
+        let mut answer = Answer {
+            status: head.status,
+            fields,
+            body: Vec::new(),
+            keep_alive: head.keep_alive,
+        };
         let mut decoder = ChunkedDecoder::new();
         loop {
             match head.framing {
@@ -154,7 +189,10 @@ impl Client {
                 ResponseFraming::UntilClose => answer.body.append(&mut self.received),
             }
             match self.more() {
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof && head.framing == ResponseFraming::UntilClose => {
+                Err(error)
+                    if error.kind() == io::ErrorKind::UnexpectedEof
+                        && head.framing == ResponseFraming::UntilClose =>
+                {
                     return Ok(answer);
                 }
                 other => other?,
@@ -177,7 +215,10 @@ impl Client {
         match self.more() {
             Ok(()) => false,
             Err(error) => {
-                matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset)
+                matches!(
+                    error.kind(),
+                    io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
+                )
             }
         }
     }

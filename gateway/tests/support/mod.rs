@@ -43,22 +43,38 @@ impl Gateway {
 
     /// As [`Gateway::start`], in a directory that may hold an earlier run's state.
     pub fn start_in(directory: tempfile::TempDir, config: &str) -> Gateway {
-        Gateway::try_start_in(directory, config).unwrap_or_else(|log| panic!("the gateway did not start:\n{log}"))
+        Gateway::try_start_in(directory, config)
+            .unwrap_or_else(|log| panic!("the gateway did not start:\n{log}"))
     }
 
     /// As [`Gateway::start_in`]; an error is what the process said before it ended.
     pub fn try_start_in(directory: tempfile::TempDir, config: &str) -> Result<Gateway, String> {
         let path = directory.path().join("gateway.yaml");
-        fs::write(&path, config.replace("{dir}", &directory.path().display().to_string())).expect("a file");
+        fs::write(
+            &path,
+            config.replace("{dir}", &directory.path().display().to_string()),
+        )
+        .expect("a file");
         let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
-        command.arg("run").arg("-c").arg(&path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .arg("run")
+            .arg("-c")
+            .arg(&path)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child = command.spawn().expect("the gateway's binary");
         let log = Arc::new(Mutex::new(Vec::new()));
         let (ready, started) = mpsc::channel();
         collect(child.stdout.take().expect("a pipe"), log.clone(), None);
         collect(child.stderr.take().expect("a pipe"), log.clone(), Some(ready));
-        let mut gateway =
-            Gateway { child, listeners: Vec::new(), admin: ([127, 0, 0, 1], 0).into(), directory, log };
+        let mut gateway = Gateway {
+            child,
+            listeners: Vec::new(),
+            admin: ([127, 0, 0, 1], 0).into(),
+            directory,
+            log,
+        };
         loop {
             match started.recv_timeout(PATIENCE) {
                 Ok(line) if line.contains("\"listening\"") => gateway.listeners.push(field(&line, "address")),
@@ -119,7 +135,11 @@ impl Gateway {
             if let Some(status) = self.child.try_wait().expect("a child") {
                 return status;
             }
-            assert!(began.elapsed() < PATIENCE, "the gateway does not end:\n{}", self.log());
+            assert!(
+                began.elapsed() < PATIENCE,
+                "the gateway does not end:\n{}",
+                self.log()
+            );
             thread::sleep(Duration::from_millis(10));
         }
     }
@@ -134,7 +154,11 @@ impl Gateway {
     /// Runs another command of the binary with this gateway's configuration; returns its standard output.
     pub fn command(&self, arguments: &[&str]) -> std::process::Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
-        command.args(arguments).arg("-c").arg(self.config_path()).stdin(Stdio::null());
+        command
+            .args(arguments)
+            .arg("-c")
+            .arg(self.config_path())
+            .stdin(Stdio::null());
         command.output().expect("the gateway's binary")
     }
 
@@ -192,14 +216,24 @@ fn collect(
 /// An address in a line of the JSON log.
 fn field(line: &str, name: &str) -> SocketAddr {
     let value: serde_json::Value = serde_json::from_str(line).expect("a JSON log line");
-    let text = value["fields"][name].as_str().or(value[name].as_str()).unwrap_or_else(|| panic!("{name} in {line}"));
+    let text = value["fields"][name]
+        .as_str()
+        .or(value[name].as_str())
+        .unwrap_or_else(|| panic!("{name} in {line}"));
     text.parse().expect("an address")
 }
 
 /// A simulated fleet of one endpoint.
 pub fn fleet(behaviour: &str) -> Server {
-    let behaviour = Behaviour::default().apply(behaviour).expect("words of the simulator");
-    Server::start(upstream::Options { behaviour, ..upstream::Options::default() }).expect("a port")
+    let mut words = Behaviour::default();
+    words.apply(behaviour).expect("words of the simulator");
+    let listen = ([127, 0, 0, 1], 0).into();
+    Server::start(upstream::Options {
+        listen,
+        behaviour: words,
+        ..upstream::Options::default()
+    })
+    .expect("a port")
 }
 
 /// Builds the usual configuration: one listener, one provider `sim`, key [`KEY`] named `alice`.
@@ -246,7 +280,11 @@ impl Setup {
                 self.timeouts
             )
         }).collect();
-        let limits = if self.limits.is_empty() { String::new() } else { format!("limits:\n{}\n", self.limits) };
+        let limits = if self.limits.is_empty() {
+            String::new()
+        } else {
+            format!("limits:\n{}\n", self.limits)
+        };
         format!(
             "listeners:\n  - address: 127.0.0.1:0\nadmin: {{ address: \"127.0.0.1:0\" }}\n\
              providers:\n  sim: {{ kind: openai, key: upstream-secret, endpoints: [\"{}\"] }}\n\

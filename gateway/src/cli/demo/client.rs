@@ -66,7 +66,12 @@ pub fn request(
         }
     }
     let mut rest = received.split_off(head.len);
-    let mut answer = Answer { status: head.status, head, head_bytes: received, body: Vec::new() };
+    let mut answer = Answer {
+        status: head.status,
+        head,
+        head_bytes: received,
+        body: Vec::new(),
+    };
     let mut decoder = ChunkedDecoder::new();
     loop {
         match answer.head.framing {
@@ -83,7 +88,11 @@ pub fn request(
         }
         if read(&mut socket, &mut rest)? == 0 {
             let whole = answer.head.framing != ResponseFraming::Chunked;
-            return if whole { Ok(answer) } else { bail!("the stream was cut") };
+            return if whole {
+                Ok(answer)
+            } else {
+                bail!("the stream was cut")
+            };
         }
     }
 }

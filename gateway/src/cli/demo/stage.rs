@@ -74,10 +74,18 @@ impl Stage {
 
     fn start_fleet(&mut self, bench: &Path) -> anyhow::Result<()> {
         let mut command = Command::new(bench);
-        command.args(["upstream", "--listen", "127.0.0.1:0", "--behaviour", "pace=20ms,first=50ms"]);
+        command.args([
+            "upstream",
+            "--listen",
+            "127.0.0.1:0",
+            "--behaviour",
+            "pace=20ms,first=50ms",
+        ]);
         command.stdin(Stdio::null()).stdout(Stdio::piped());
         process::end_with_parent(&mut command);
-        let mut child = command.spawn().with_context(|| format!("cannot start {}", bench.display()))?;
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot start {}", bench.display()))?;
         let output = child.stdout.take();
         self.children.push(child);
         let mut line = String::new();
@@ -95,7 +103,8 @@ impl Stage {
         command.arg("run").arg("-c").arg(&self.config);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
         process::end_with_parent(&mut command);
-        self.children.push(command.spawn().context("cannot start the gateway")?);
+        self.children
+            .push(command.spawn().context("cannot start the gateway")?);
         let started = Instant::now();
         while !self.is_ready() {
             let ended = self.children[1].try_wait()?.is_some();
@@ -109,7 +118,17 @@ impl Stage {
     }
 
     fn is_ready(&self) -> bool {
-        let ask = || client::request(Ipv4Addr::LOCALHOST, self.gateway, "", "GET", "/readyz", "", |_| {});
+        let ask = || {
+            client::request(
+                Ipv4Addr::LOCALHOST,
+                self.gateway,
+                "",
+                "GET",
+                "/readyz",
+                "",
+                |_| {},
+            )
+        };
         // The sockets listen before anybody accepts: wait for what a client would see.
         TcpStream::connect(self.admin).is_ok() && ask().is_ok_and(|answer| answer.status == 200)
     }
@@ -157,7 +176,9 @@ ledger: {{ path: {state} }}
 
     /// Waits for Ctrl-C, or for the gateway's unexpected end.
     pub fn wait(&mut self) -> anyhow::Result<()> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
         runtime.block_on(async {
             loop {
                 tokio::select! {
@@ -209,6 +230,8 @@ fn make_directory() -> anyhow::Result<PathBuf> {
 /// `wanted` if nobody has it, else one that is free now.
 fn free_port(wanted: u16) -> anyhow::Result<u16> {
     let bind = |port| TcpListener::bind((Ipv4Addr::LOCALHOST, port));
-    let listener = bind(wanted).or_else(|_| bind(0)).context("no free port on 127.0.0.1")?;
+    let listener = bind(wanted)
+        .or_else(|_| bind(0))
+        .context("no free port on 127.0.0.1")?;
     Ok(listener.local_addr()?.port())
 }
