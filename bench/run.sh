@@ -38,7 +38,9 @@ GATEWAY=${GATEWAY:-$root/target/release/gateway}
 ulimit -n "$(ulimit -Hn)"
 
 state=$(mktemp -d /tmp/gateway-bench.XXXXXX)
-out=${out:-$state/results}
+out=${out:-$root/target/bench-results}
+# Reports of an earlier run would be taken for further rounds of this one.
+rm -f "$out"/*.*.*.json
 mkdir -p "$out" "$state/ledger"
 upstream_pid=""
 target_pid=""
@@ -52,11 +54,11 @@ stop() {
 clean_up() {
     stop "$target_pid"
     stop "$upstream_pid"
-    case $out in "$state"/*) ;; *) rm -rf "$state" ;; esac
+    rm -rf "$state"
 }
 trap clean_up EXIT
 
-# One core is enough for nothing here: without two, both sides share it and the figures say less.
+# On a machine with one core both sides share it, and the figures say less.
 pin() {
     local core=$1
     shift

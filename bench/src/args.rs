@@ -84,6 +84,9 @@ struct LoadArgs {
     /// Connections at most; without --rate also requests at once
     #[arg(long, short, default_value_t = 1, value_name = "N")]
     connections: usize,
+    /// Open a new connection for each request
+    #[arg(long)]
+    no_keep_alive: bool,
     /// Open loop: requests per second, latencies counted from when each was due
     #[arg(long, value_name = "R")]
     rate: Option<f64>,
@@ -212,6 +215,7 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         model: args.model.clone(),
         stream: !args.plain,
         connections: args.idle.unwrap_or(args.connections),
+        keep_alive: !args.no_keep_alive,
         rate: args.rate,
         requests: args.requests,
         duration: until,

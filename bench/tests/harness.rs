@@ -105,6 +105,14 @@ fn connections_are_kept() {
         ..options(&server, "sim:tokens=2,pace=0,first=0,close")
     });
     assert_eq!((report.ok, report.connections_opened), (5, 5));
+    let model = "sim:tokens=2,pace=0,first=0";
+    let report = run(&Options {
+        requests: Some(5),
+        keep_alive: false,
+        ..options(&server, model)
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.ok, report.connections_opened), (5, 5));
 }
 
 #[test]

@@ -151,9 +151,6 @@ impl<'a> Engine<'a> {
 
     /// Starts what is due; returns how long until more may be, if that is known.
     fn start_due(&mut self, now_ns: u64) -> Option<u64> {
-        if now_ns < self.rest_until_ns {
-            return Some(self.rest_until_ns - now_ns);
-        }
         match self.options.rate {
             Some(rate) => self.start_open_loop(now_ns, rate),
             None => self.start_closed_loop(now_ns),
@@ -169,7 +166,7 @@ impl<'a> Engine<'a> {
         };
         for _ in 0..OPENS_A_TURN {
             if self.rest_until_ns > now_ns {
-                // A launch has just failed.
+                // Who connects as fast as it is refused measures nothing. In the open loop the rate sees to that.
                 return Some(self.rest_until_ns - now_ns);
             }
             if self.active >= allowed || !self.may_start() {
@@ -184,9 +181,6 @@ impl<'a> Engine<'a> {
         for _ in 0..OPENS_A_TURN {
             if !self.may_start() {
                 return None;
-            }
-            if self.rest_until_ns > now_ns {
-                return Some(self.rest_until_ns - now_ns);
             }
             let due_ns = (self.started as f64 * 1e9 / rate) as u64;
             if due_ns > now_ns {
@@ -389,7 +383,7 @@ impl<'a> Engine<'a> {
                     return;
                 };
                 let started_ns = client.started_ns.take().unwrap_or(now_ns);
-                let reusable = client.reusable;
+                let reusable = client.reusable && self.options.keep_alive;
                 if let (Some(error), None) = (client.error.take(), &self.tally.report.first_error) {
                     self.tally.report.first_error = Some(error.to_string());
                 }

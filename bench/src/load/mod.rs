@@ -44,6 +44,8 @@ pub struct Options {
     pub stream: bool,
     /// Connections at most; in the closed loop also requests at once.
     pub connections: usize,
+    /// Send all requests of a connection over it; otherwise each has its own.
+    pub keep_alive: bool,
     /// Open loop: requests per second.
     pub rate: Option<f64>,
     /// Stop after so many requests.
@@ -82,6 +84,7 @@ impl Default for Options {
             model: "sim".to_owned(),
             stream: true,
             connections: 1,
+            keep_alive: true,
             rate: None,
             requests: None,
             duration: None,
@@ -191,8 +194,13 @@ fn request(options: &Options, url: &Url, api: Api) -> Vec<u8> {
         .as_ref()
         .map(|key| format!("authorization: Bearer {key}\r\n"))
         .unwrap_or_default();
+    let close = if options.keep_alive {
+        ""
+    } else {
+        "connection: close\r\n"
+    };
     format!(
-        "POST {} HTTP/1.1\r\nhost: {host}:{}\r\nuser-agent: gateway-bench/{}\r\naccept: */*\r\n{key}\
+        "POST {} HTTP/1.1\r\nhost: {host}:{}\r\nuser-agent: gateway-bench/{}\r\naccept: */*\r\n{key}{close}\
          content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
         url.path,
         url.port,
