@@ -51,7 +51,7 @@ fn fail<T>(body: &[u8], offset: usize, what: &'static str) -> Result<T, JsonErro
 
 /// Text that is exchanged is UTF-8 (RFC 8259, section 8.1).
 pub(super) fn check_utf8(body: &[u8]) -> Result<(), JsonError> {
-    match std::str::from_utf8(body) {
+    match simdutf8::compat::from_utf8(body) {
         Ok(_) => Ok(()),
         Err(error) => Err(JsonError {
             offset: error.valid_up_to(),
@@ -154,20 +154,50 @@ fn skip_literal(body: &[u8], at: usize, literal: &[u8]) -> Result<usize, JsonErr
 #[inline]
 fn skip_string(body: &[u8], mut at: usize) -> Result<usize, JsonError> {
     loop {
-        let Some(offset) = memchr::memchr2(b'"', b'\\', &body[at..]) else {
-            return fail(body, body.len(), "unterminated string");
-        };
-        let run = &body[at..at + offset];
-        if has_control(run) {
-            let control = run.iter().position(|&byte| byte < b' ').unwrap_or(0);
-            return fail(body, at + control, "control character in a string");
+        at = find_special(body, at);
+        match body.get(at) {
+            Some(b'"') => return Ok(at + 1),
+            Some(b'\\') => at = skip_escape(body, at + 1)?,
+            _ => return fail(body, at, "control character in a string"),
         }
-        at += offset;
-        if body[at] == b'"' {
-            return Ok(at + 1);
-        }
-        at = skip_escape(body, at + 1)?;
     }
+}
+
+/// The first quote, backslash or control character at or behind `start`; the end where there is
+/// none. Keys, and text between two escapes, are mostly shorter than the first few words; what is
+/// longer is worth a call of memchr.
+#[inline]
+fn find_special(body: &[u8], start: usize) -> usize {
+    let (words, _) = body[start..].as_chunks::<8>();
+    for (index, word) in words.iter().take(WORDS_TRIED).enumerate() {
+        let marks = mark_special(u64::from_le_bytes(*word));
+        if marks != 0 {
+            return start + index * 8 + marks.trailing_zeros() as usize / 8;
+        }
+    }
+    let from = start + words.len().min(WORDS_TRIED) * 8;
+    let run = &body[from..];
+    let run = &run[..memchr::memchr2(b'"', b'\\', run).unwrap_or(run.len())];
+    let len = if has_control(run) {
+        run.iter().position(|&byte| byte < b' ')
+    } else {
+        None
+    };
+    from + len.unwrap_or(run.len())
+}
+
+/// Words of 8 bytes that are looked at one by one before memchr is called.
+const WORDS_TRIED: usize = 4;
+
+/// Sets the high bit of the first (lowest) byte of `word` that is a quote, a backslash or below
+/// 0x20. Bits above the lowest one that is set mean nothing: a borrow may have made them.
+#[inline]
+fn mark_special(word: u64) -> u64 {
+    const ONES: u64 = u64::MAX / 0xff;
+    const HIGHS: u64 = ONES << 7;
+    let below = |value: u64, bound: u8| value.wrapping_sub(ONES * u64::from(bound)) & !value;
+    let equals = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
+    (below(word, b' ') | equals(b'"') | equals(b'\\')) & HIGHS
 }
 
 /// Whether a byte is below 0x20. Without an early exit, so that it compiles to vector code.
