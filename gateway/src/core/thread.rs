@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use rustls::ServerConfig;
 
 use super::{Core, DRAIN, STOP, Shared};
@@ -41,7 +42,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// One listening socket of one core.
 pub struct Listening {
     pub socket: TcpListener,
-    pub tls: Option<Arc<ServerConfig>>,
+    /// Swapped by a reload; a connection takes what is there when it comes.
+    pub tls: Option<Arc<ArcSwap<ServerConfig>>>,
 }
 
 /// The running data plane.
@@ -166,10 +168,10 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
 }
 
 /// Accepts until the listener is closed.
-async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ServerConfig>>) {
+async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ArcSwap<ServerConfig>>>) {
     loop {
         match listener.accept().await {
-            Ok((sock, peer)) => admit(&core, sock, peer, tls.clone()),
+            Ok((sock, peer)) => admit(&core, sock, peer, tls.as_ref().map(|tls| tls.load_full())),
             Err(_) if core.drain.level() >= DRAIN || core.shared.level() >= DRAIN => return,
             Err(error) => {
                 // Out of descriptors or memory, or a connection that was reset before it was accepted.

@@ -151,8 +151,10 @@ impl Worker {
             match inbox.recv_timeout(wait) {
                 Err(mpsc::RecvTimeoutError::Timeout) => self.turn(Instant::now()),
                 Ok(Command::Flush(reply)) => {
+                    let result = self.flush();
+                    self.show();
                     // Whoever asked may have given up waiting.
-                    let _ = reply.send(self.flush());
+                    let _ = reply.send(result);
                 }
                 Ok(Command::Stop) | Err(mpsc::RecvTimeoutError::Disconnected) => break,
             }
