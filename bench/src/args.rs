@@ -152,7 +152,7 @@ pub fn run() -> Result<ExitCode> {
         Command::Upstream(args) => run_upstream(&args),
         Command::Load(args) => run_load(&args),
         Command::Compare { directory } => {
-            println!("{}", compare::table(&directory)?);
+            println!("{}", crate::compare::table(&directory)?);
             Ok(ExitCode::SUCCESS)
         }
     }

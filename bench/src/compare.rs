@@ -17,7 +17,7 @@ struct Figures {
     us_per_request: Vec<f64>,
     us_per_event: Vec<f64>,
     bytes_per_stream: Vec<f64>,
-    ttft_p50_ms: Vec<f64>,
+    inter_token_p99_ms: Vec<f64>,
     total_p99_ms: Vec<f64>,
     failures: u64,
 }
@@ -37,8 +37,8 @@ impl Figures {
         } else {
             self.events_per_s.extend(report["events_per_s"].as_f64());
             self.us_per_event.extend(cost["cpu_us_per_event"].as_f64());
-            self.ttft_p50_ms
-                .extend(report["ttft"]["p50_us"].as_f64().map(|us| us / 1e3));
+            self.inter_token_p99_ms
+                .extend(report["inter_token"]["p99_us"].as_f64().map(|us| us / 1e3));
         }
         let failures = report["failures"].as_object().into_iter().flatten();
         self.failures += failures.filter_map(|(_, count)| count.as_u64()).sum::<u64>();
@@ -73,7 +73,7 @@ impl Figures {
             cell(&self.us_per_request, 2),
             cell(&self.us_per_event, 3),
             cell(&self.bytes_per_stream, 0),
-            cell(&self.ttft_p50_ms, 2),
+            cell(&self.inter_token_p99_ms, 2),
             cell(&self.total_p99_ms, 2),
             ratio,
             self.failures
@@ -118,7 +118,7 @@ pub fn table(directory: &Path) -> Result<String> {
             .add(scenario, &report);
     }
     let mut lines = vec![format!(
-        "{:<8}{:<9}{:>10}{:>10}{:>10}{:>10}{:>11}{:>10}{:>11}{:>9}{:>9}",
+        "{:<10}{:<9}{:>10}{:>10}{:>10}{:>10}{:>11}{:>10}{:>11}{:>9}{:>9}",
         "scenario",
         "target",
         "req/s",
@@ -126,7 +126,7 @@ pub fn table(directory: &Path) -> Result<String> {
         "us/req",
         "us/event",
         "B/stream",
-        "ttft p50",
+        "itl p99",
         "total p99",
         "ratio",
         "failed"
@@ -136,7 +136,7 @@ pub fn table(directory: &Path) -> Result<String> {
         for (target, figures) in targets {
             // Directly, the measured process is the upstream itself: no ratio.
             let baseline = baseline.filter(|_| target != "direct");
-            lines.push(format!("{scenario:<8}{target:<9}{}", figures.row(baseline)));
+            lines.push(format!("{scenario:<10}{target:<9}{}", figures.row(baseline)));
         }
     }
     lines.push(format!(
@@ -159,7 +159,7 @@ mod tests {
     #[test]
     fn refused_requests_count_as_failed() {
         let report = serde_json::json!({
-            "events": 10, "events_per_s": 5.0, "ttft": { "p50_us": 1500 }, "failures": { "cut": 2, "timeout": 1 },
+            "events": 10, "events_per_s": 5.0, "inter_token": { "p99_us": 21500 }, "failures": { "cut": 2, "timeout": 1 },
             "status": { "200": 7, "429": 4 }, "processes": [{ "cpu_us_per_event": 6.0 }],
         });
         let mut figures = Figures::default();

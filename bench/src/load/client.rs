@@ -1,6 +1,6 @@
 //! One client: a connection that sends a request, reads its answer and judges it.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 
 use super::check::{Api, Checker, Flaw, Needles};
 use super::link::Link;
@@ -88,6 +88,8 @@ pub(super) struct Client {
     pub pause_timer: u64,
     /// Whether the answer's end leaves the connection open.
     pub reusable: bool,
+    /// The error that ended the connection, if it was one.
+    pub error: Option<io::Error>,
 }
 
 impl Client {
@@ -104,6 +106,7 @@ impl Client {
             deadline_timer: 0,
             pause_timer: 0,
             reusable: true,
+            error: None,
         }
     }
 
@@ -136,7 +139,7 @@ impl Client {
                 Ok(false) => return Progress::Going,
                 Ok(true) if self.started_ns.is_some() => self.phase = Phase::Head,
                 Ok(true) => self.phase = Phase::Idle,
-                Err(_) => return self.over(Outcome::Connect),
+                Err(error) => return self.broken(Outcome::Connect, error),
             }
         }
         while self.started_ns.is_some() && self.sent < plan.request.len() {
@@ -149,7 +152,7 @@ impl Client {
             }
         }
         match self.link.flush() {
-            Err(error) if error.kind() != ErrorKind::WouldBlock => self.over(Outcome::Cut),
+            Err(error) if error.kind() != ErrorKind::WouldBlock => self.broken(Outcome::Cut, error),
             _ => Progress::Going,
         }
     }
@@ -173,9 +176,11 @@ impl Client {
             }
             Err(error) if error.kind() == ErrorKind::WouldBlock => (Progress::Going, false),
             Err(error) if error.kind() == ErrorKind::Interrupted => (Progress::Going, true),
-            Err(_) if matches!(self.phase, Phase::Connecting) => (self.over(Outcome::Connect), false),
+            Err(error) if matches!(self.phase, Phase::Connecting) => {
+                (self.broken(Outcome::Connect, error), false)
+            }
             Err(error) if error.kind() == ErrorKind::UnexpectedEof => (self.on_end(plan), false),
-            Err(_) => (self.over(Outcome::Cut), false),
+            Err(error) => (self.broken(Outcome::Cut, error), false),
         };
         arrivals.after = self.tokens();
         arrivals.events = self.checker.events - events_before;
@@ -195,6 +200,12 @@ impl Client {
             }
             _ => self.over(Outcome::Cut),
         }
+    }
+
+    /// An error ended the connection.
+    fn broken(&mut self, outcome: Outcome, error: io::Error) -> Progress {
+        self.error = Some(error);
+        self.over(outcome)
     }
 
     /// The connection cannot go on.

@@ -168,7 +168,11 @@ impl<'a> Engine<'a> {
             1 + (all as u64 * now_ns / ramp_ns) as usize
         };
         for _ in 0..OPENS_A_TURN {
-            if self.active >= allowed || !self.may_start() || self.now_ns() < self.rest_until_ns {
+            if self.rest_until_ns > now_ns {
+                // A launch has just failed.
+                return Some(self.rest_until_ns - now_ns);
+            }
+            if self.active >= allowed || !self.may_start() {
                 return (allowed < all).then_some(TICK_NS);
             }
             self.launch(now_ns);
@@ -180,6 +184,9 @@ impl<'a> Engine<'a> {
         for _ in 0..OPENS_A_TURN {
             if !self.may_start() {
                 return None;
+            }
+            if self.rest_until_ns > now_ns {
+                return Some(self.rest_until_ns - now_ns);
             }
             let due_ns = (self.started as f64 * 1e9 / rate) as u64;
             if due_ns > now_ns {
@@ -203,7 +210,11 @@ impl<'a> Engine<'a> {
             Some(index) => index,
             None => match self.open() {
                 Ok(index) => index,
-                Err(_) => {
+                Err(error) => {
+                    self.tally
+                        .report
+                        .first_error
+                        .get_or_insert_with(|| error.to_string());
                     self.started += 1;
                     let now_ns = self.now_ns();
                     self.rest_until_ns = now_ns + CONNECT_REST_NS;
@@ -379,6 +390,9 @@ impl<'a> Engine<'a> {
                 };
                 let started_ns = client.started_ns.take().unwrap_or(now_ns);
                 let reusable = client.reusable;
+                if let (Some(error), None) = (client.error.take(), &self.tally.report.first_error) {
+                    self.tally.report.first_error = Some(error.to_string());
+                }
                 self.active -= 1;
                 self.tally.ended(outcome, now_ns, started_ns);
                 if outcome == Outcome::Connect {

@@ -95,6 +95,8 @@ pub struct Report {
     /// Answers by status.
     pub status: BTreeMap<u16, u64>,
     pub failures: Failures,
+    /// What the first connection that failed said, if it said anything.
+    pub first_error: Option<String>,
     /// Content tokens seen.
     pub tokens: u64,
     pub events: u64,

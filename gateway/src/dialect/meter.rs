@@ -202,6 +202,8 @@ impl Meter {
 
     /// Looks at one whole event. False: hide it.
     fn look(&mut self, event: &[u8]) -> bool {
+        // The LF of a CRLF may come only after its event was taken for ended.
+        let event = event.trim_ascii_start();
         if usage::may_have_usage(event) && self.look_for_usage(event) {
             return false;
         }

@@ -57,14 +57,14 @@ impl<'b> Call<'b> {
             return Err(Error::bad_field("model", "you must provide a model parameter"));
         };
         let model_value = model.value.clone();
-        let Some(name) = model.as_str(body) else {
+        let Some(name) = model.as_str() else {
             return Err(Error::bad_field("model", "`model` must be a string"));
         };
         let stream = match &found.stream {
             None => false,
             Some(member) if member.kind == json::Kind::Null => false,
             Some(member) => member
-                .as_bool(body)
+                .as_bool()
                 .ok_or_else(|| Error::bad_field("stream", "`stream` must be true or false"))?,
         };
         let mut call = Call {
@@ -147,12 +147,12 @@ impl<'b> Found<'b> {
                         continue;
                     }
                     let wrong = || Error::bad_field("max_tokens", "the output limit must be a positive integer");
-                    let max = member.as_u64(body).ok_or_else(wrong)?;
+                    let max = member.as_u64().ok_or_else(wrong)?;
                     // Which of two the upstream honours is its business: reserve for the larger.
                     found.output_max = Some(if seen_output { found.output_max.unwrap_or(0).max(max) } else { max });
                     seen_output = true;
                 }
-                "n" => found.choices = member.as_u64(body),
+                "n" => found.choices = member.as_u64(),
                 _ => {}
             }
         }
@@ -184,7 +184,7 @@ fn include_usage(body: &[u8], options: &Range<usize>) -> Result<Option<(bool, Ra
         }
         let value = match member.kind {
             json::Kind::Null => false,
-            _ => member.as_bool(slice).ok_or_else(wrong)?,
+            _ => member.as_bool().ok_or_else(wrong)?,
         };
         let place = options.start + member.value.start..options.start + member.value.end;
         if found.replace((value, place)).is_some() {

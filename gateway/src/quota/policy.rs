@@ -238,7 +238,9 @@ mod tests {
 
     fn config(limits: Vec<Limit>) -> Config {
         let text = "listeners: [{ address: 127.0.0.1:0 }]";
-        Config { limits, ..serde_saphyr::from_str(text).expect("a configuration") }
+        let mut config: Config = serde_saphyr::from_str(text).expect("a configuration");
+        config.limits = limits;
+        config
     }
 
     const SMALL: Estimate = Estimate { input: 10, output: 10, output_is_explicit: true };

@@ -114,7 +114,7 @@ fn limits(stage: &Stage, record: &Record) -> anyhow::Result<()> {
 /// What a client over its limit gets.
 fn refusal(stage: &Stage) -> anyhow::Result<()> {
     println!("4. Another client, at {OFFENDER}, may do two requests a minute and tries a third:\n");
-    let mut ask = || {
+    let ask = || {
         client::request(OFFENDER, stage.gateway, &stage.small_key, "POST", "/v1/chat/completions", &request_body(1), |_| {})
     };
     ensure!(ask()?.status == 200 && ask()?.status == 200, "the first two must be answered");
