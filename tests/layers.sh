@@ -33,7 +33,7 @@ uses() { echo "\bcrate::($1)\b|^use crate::\{.*\b($1)::|^    ($1)(::|,)"; }
 forbid "unsafe belongs to net/ and kernel/" '\bunsafe\b' $(everything_but net kernel)
 forbid "monoio belongs to net/ and core/" '\bmonoio::' $(everything_but net core)
 forbid "aya belongs to kernel/" '\b(aya|aya_log)::' $(everything_but kernel)
-forbid "tokio belongs to control/" '\b(tokio|tokio_uring|axum)::' $(everything_but control cli)
+forbid "tokio belongs to the control thread" '\b(tokio|tokio_uring|axum)::' $(everything_but control cli telemetry)
 
 hot="serve http dialect quota"
 forbid "no lock in the data plane" '\b(Mutex|RwLock|Condvar)\b' $hot
