@@ -9,7 +9,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::listen::SharedTls;
+use super::{listen::SharedTls, notify};
 use crate::{
     config::{self, Config, schema::KernelMode},
     core::Shared,
@@ -19,6 +19,7 @@ use crate::{
     net::{clock, runtime::Engine, tls},
     serve::snapshot::{Registry, Snapshot},
     telemetry::{
+        self,
         access::{AccessLog, Destination},
         logging, prometheus,
     },
@@ -33,6 +34,7 @@ pub struct State {
     pub engine: Engine,
     path: PathBuf,
     started: Instant,
+    started_unix_s: u64,
     ledger: Arc<Ledger>,
     log: AccessLog,
     resolver: Resolver,
@@ -70,6 +72,7 @@ impl State {
             engine,
             path,
             started: Instant::now(),
+            started_unix_s: clock::unix_ms() / 1000,
             ledger,
             log,
             resolver,
@@ -141,6 +144,26 @@ impl State {
     /// # Errors
     /// What is wrong with the file; then nothing has changed.
     pub fn reload(&self) -> Result<String, String> {
+        notify::reloading();
+        let result = self.try_reload();
+        if let Err(error) = &result {
+            tracing::error!("the new configuration is refused, the old one stays: {error}");
+        }
+        notify::ready(&self.summary());
+        result
+    }
+
+    /// What systemd shows of the service.
+    pub fn summary(&self) -> String {
+        let cores = self.shared.cores.len();
+        let generation = self.shared.snapshot.load().generation;
+        format!(
+            "serving on {cores} cores ({}), configuration generation {generation}",
+            self.engine.name()
+        )
+    }
+
+    fn try_reload(&self) -> Result<String, String> {
         let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
@@ -202,7 +225,7 @@ impl State {
     /// The gateway's state, for `gateway status`.
     pub fn status(&self) -> Value {
         let inner = self.inner();
-        let totals = prometheus::totals(&self.shared.cores);
+        let totals = telemetry::totals(&self.shared.cores);
         let snapshot = self.shared.snapshot.load();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -249,6 +272,106 @@ impl State {
             degraded.push(format!("ledger: {error}"));
         }
         degraded
+    }
+
+    /// Prometheus text: what the cores counted, what the kernel did, what the ledger keeps.
+    pub async fn metrics(&self) -> String {
+        let latencies = telemetry::latencies(&self.shared.cores).await;
+        let sources = prometheus::Sources {
+            version: env!("CARGO_PKG_VERSION"),
+            start_unix_s: self.started_unix_s,
+            now_ms: clock::monotonic_ns() / 1_000_000,
+            cores: &self.shared.cores,
+            latencies: &latencies,
+        };
+        let mut out = prometheus::Exposition::default();
+        prometheus::write(&sources, &mut out);
+        self.write_kernel(&mut out);
+        self.write_ledger(&mut out);
+        out.finish()
+    }
+
+    fn write_kernel(&self, out: &mut prometheus::Exposition) {
+        let kernel = self.kernel().ok();
+        out.gauge("gateway_kernel_loaded", "1 when the eBPF programs are loaded.")
+            .value(u8::from(kernel.is_some()));
+        let Some(kernel) = kernel else { return };
+        let stats = kernel.stats();
+        let blocked = kernel.blocked().len();
+        drop(kernel);
+        let mut counter = |name, help, value: u64| out.counter(name, help).value(value);
+        counter(
+            "gateway_kernel_dropped_total",
+            "Connection attempts refused in the kernel.",
+            stats.dropped,
+        );
+        counter(
+            "gateway_kernel_would_drop_total",
+            "Attempts that observe mode let in.",
+            stats.would_drop,
+        );
+        counter(
+            "gateway_kernel_steered_total",
+            "Attempts steered to a core.",
+            stats.steered,
+        );
+        counter(
+            "gateway_kernel_opened_total",
+            "Client connections established, as TCP saw them.",
+            stats.opened,
+        );
+        counter(
+            "gateway_kernel_closed_total",
+            "Client connections ended, as TCP saw them.",
+            stats.closed,
+        );
+        counter(
+            "gateway_kernel_retransmits_total",
+            "Segments sent again to clients.",
+            stats.retransmits,
+        );
+        out.gauge("gateway_kernel_blocked_clients", "Client addresses blocked now.")
+            .value(blocked);
+    }
+
+    fn write_ledger(&self, out: &mut prometheus::Exposition) {
+        let status = self.ledger.status();
+        out.counter("gateway_ledger_records_total", "Records written.")
+            .value(status.records);
+        out.counter(
+            "gateway_ledger_torn_total",
+            "Places in the journal without a whole record.",
+        )
+        .value(status.torn);
+        out.counter("gateway_ledger_errors_total", "Failed operations on files.")
+            .value(status.io_errors);
+        out.gauge(
+            "gateway_ledger_unsynced_bytes",
+            "Bytes that a power cut would take now.",
+        )
+        .value(status.unsynced_bytes);
+        let totals = self.ledger.totals();
+        let mut family = out.counter(
+            "gateway_model_requests_total",
+            "Requests recorded, by key and model.",
+        );
+        for (key, model, counters) in &totals {
+            family.sample(&[("key", key), ("model", model)], counters.requests);
+        }
+        let mut family = out.counter(
+            "gateway_model_tokens_total",
+            "Tokens recorded, by key, model and kind.",
+        );
+        for (key, model, counters) in &totals {
+            family.sample(
+                &[("key", key), ("model", model), ("kind", "input")],
+                counters.prompt_tokens,
+            );
+            family.sample(
+                &[("key", key), ("model", model), ("kind", "output")],
+                counters.completion_tokens,
+            );
+        }
     }
 
     /// The kernel plane in detail, for `gateway kernel status`.
