@@ -122,12 +122,22 @@ impl Kind {
 impl Error {
     /// An error with nothing but its kind and its text.
     pub fn new(kind: Kind, message: impl Into<Cow<'static, str>>) -> Error {
-        Error { kind, message: message.into(), code: None, param: None, retry_after_s: None, status: None }
+        Error {
+            kind,
+            message: message.into(),
+            code: None,
+            param: None,
+            retry_after_s: None,
+            status: None,
+        }
     }
 
     /// A malformed request, with the field that is wrong.
     pub fn bad_field(param: &'static str, message: impl Into<Cow<'static, str>>) -> Error {
-        Error { param: Some(param), ..Error::new(Kind::BadRequest, message) }
+        Error {
+            param: Some(param),
+            ..Error::new(Kind::BadRequest, message)
+        }
     }
 
     /// The status of the answer.
@@ -170,7 +180,8 @@ mod tests {
         assert_eq!(openai["error"]["param"], "model");
         assert_eq!(openai["error"]["type"], "invalid_request_error");
         assert_eq!(openai["error"]["message"], "`model` must be a \"string\"");
-        let anthropic: serde_json::Value = serde_json::from_slice(&error.body(Dialect::Anthropic)).expect("json");
+        let anthropic: serde_json::Value =
+            serde_json::from_slice(&error.body(Dialect::Anthropic)).expect("json");
         assert_eq!(anthropic["type"], "error");
         assert_eq!(anthropic["error"]["type"], "invalid_request_error");
         assert_eq!(error.status(), 400);

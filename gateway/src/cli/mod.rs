@@ -2,6 +2,11 @@
 
 pub mod check;
 pub mod common;
+pub mod demo;
+pub mod kernel;
 pub mod keys;
+pub mod reload;
+pub mod run;
 pub mod schema;
+pub mod status;
 pub mod usage;

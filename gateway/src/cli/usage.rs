@@ -14,6 +14,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+use super::common::ConfigArg;
 use crate::{
     config::{schema, units},
     ledger::{
@@ -30,14 +31,16 @@ Examples:
   gateway usage --records --last 20           the latest requests, one JSON object a line
   gateway usage --records --id 0199b2c47a3e7c01a5d2f0b1c2d3e4f5";
 
-/// Sums up what requests used, by key and model, while the gateway runs or when it does not.
+/// Sum up what requests used, by key and model
+///
+/// Works while the gateway runs and when it does not; nothing is written. Run it as the service's
+/// user or as root.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Configuration file; its `ledger.path` is the state directory
-    #[arg(short, long, value_name = "FILE", default_value = "/etc/gateway/gateway.yaml")]
-    config: PathBuf,
-    /// State directory, instead of the configuration's
+    #[command(flatten)]
+    config: ConfigArg,
+    /// State directory, instead of the configuration's `ledger.path`
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
     /// What to sum by, in this order, with commas between
@@ -89,8 +92,8 @@ enum Since {
 }
 
 /// Runs the command.
-pub fn run(args: Args) -> ExitCode {
-    match print(&args, &mut BufWriter::new(io::stdout().lock())) {
+pub fn run(args: &Args) -> ExitCode {
+    match print(args, &mut BufWriter::new(io::stdout().lock())) {
         Ok(code) => code,
         // Whoever reads has seen enough (`| head`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -128,7 +131,8 @@ fn print(args: &Args, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     Ok(code)
 }
 
-/// The part of the configuration that this command needs.
+/// The part of the configuration that this command needs. The whole is not loaded: its secrets may be
+/// out of this user's reach, and a mistake elsewhere is no reason to keep the books shut.
 #[derive(serde::Deserialize)]
 struct LedgerOnly {
     #[serde(default)]
@@ -139,8 +143,8 @@ fn state_directory(args: &Args) -> anyhow::Result<PathBuf> {
     if let Some(state) = &args.state {
         return Ok(state.clone());
     }
-    let path = args.config.display();
-    let text = std::fs::read_to_string(&args.config).with_context(|| {
+    let path = args.config.config.display();
+    let text = std::fs::read_to_string(&args.config.config).with_context(|| {
         format!("cannot read {path} (name one with -c, or the state directory with --state)")
     })?;
     let config: LedgerOnly =
@@ -456,3 +460,6 @@ fn print_records(
     }
     Ok(ExitCode::SUCCESS)
 }
+
+#[cfg(test)]
+mod tests;

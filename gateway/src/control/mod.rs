@@ -1,1 +1,295 @@
-//! The control thread.
+//! The life of the process: start, the control thread, reload, drain, end.
+//!
+//! The control thread never stands between a request and its answer. It runs on tokio-uring, which is a current-thread
+//! tokio runtime, so that ordinary libraries run on it; where io_uring is forbidden, on plain tokio.
+
+mod listen;
+mod plane;
+
+pub mod admin;
+pub mod notify;
+
+use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context, bail};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, MissedTickBehavior, interval},
+};
+
+use crate::{
+    config::{
+        Config,
+        schema::{Driver, KernelMode},
+        units::Secret,
+    },
+    core::{self, DRAIN, STOP, Shared},
+    kernel::{Kernel, Plan},
+    ledger::Ledger,
+    net::{
+        process,
+        runtime::{self, Engine},
+        tls,
+    },
+    serve::snapshot::{Registry, Snapshot},
+    telemetry::{
+        access::{AccessLog, Destination},
+        logging,
+    },
+};
+use plane::State;
+
+/// How often the control thread looks after the kernel's blocks and the cores. It bounds how long an offender goes on
+/// after its last permitted refusal.
+const TICK: Duration = Duration::from_millis(20);
+
+/// How long the data plane may take to end after [`STOP`]; then the process ends without it.
+const STOP_TIME: Duration = Duration::from_secs(5);
+
+/// Age of a core's heartbeat at which it counts as stuck.
+const HEARTBEAT_MS_MAX: u64 = 5_000;
+
+/// Runs the gateway until it is told to end.
+///
+/// # Errors
+/// What keeps it from starting: an address in use, a state directory that cannot be written, BPF where it is
+/// `required`. Also a data-plane thread that died.
+pub fn run(path: PathBuf, config: Config) -> anyhow::Result<()> {
+    logging::init(&config.log)?;
+    process::forbid_core_dumps();
+    process::raise_descriptor_limit();
+    tls::init();
+    for warning in &config.warnings {
+        tracing::warn!("{warning}");
+    }
+    let gateway = Gateway::start(path, config)?;
+    let uring = gateway.state.engine == Engine::IoUring;
+    on_control_runtime(uring, gateway.control())
+}
+
+/// Runs a future on the control thread's runtime.
+fn on_control_runtime<F: Future>(uring: bool, future: F) -> F::Output {
+    if uring {
+        return tokio_uring::start(future);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    // Without even epoll there is nothing to serve with.
+    runtime
+        .expect("a tokio runtime needs epoll and an eventfd")
+        .block_on(future)
+}
+
+/// A started gateway: its threads run, its control thread does not yet.
+struct Gateway {
+    state: Arc<State>,
+    threads: core::Threads,
+    ledger: Arc<Ledger>,
+    admin: std::net::TcpListener,
+    token: Secret,
+    drain: Duration,
+}
+
+impl Gateway {
+    fn start(path: PathBuf, config: Config) -> anyhow::Result<Gateway> {
+        let engine = choose_engine(&config)?;
+        let cpus = runtime::cpus().context("cannot learn which CPUs may be used")?;
+        let cores = config.workers.threads.unwrap_or(cpus.len()).max(1);
+        let (ledger, journals) = Ledger::start(&config.ledger, cores)?;
+        let token = admin::token(&config)?;
+        let admin = admin::bind(config.admin.address)?;
+
+        let mut registry = Registry::default();
+        let snapshot = Snapshot::build(&config, &mut registry)?;
+        let shared = Arc::new(Shared::new(snapshot, cores));
+        let listeners = listen::open(&config, cores)?;
+        let kernel = load_kernel(&config, cores, &listeners)?;
+        let log = AccessLog::start(shared.cores.clone(), &Destination::parse(&config.log.access))
+            .context("cannot open the access log")?;
+
+        for listener in &listeners {
+            tracing::info!(address = %listener.address, tls = listener.tls.is_some(), "listening");
+        }
+        let addresses = listeners.iter().map(|listener| listener.address).collect();
+        let tls = listeners.iter().map(|listener| listener.tls.clone()).collect();
+        let sockets = listen::by_core(listeners, cores);
+        let pins = if config.workers.pin { cpus } else { Vec::new() };
+        let threads = core::start(
+            &shared,
+            engine,
+            &pins,
+            sockets.into_iter().zip(journals).collect(),
+        )
+        .context("cannot start the data plane")?;
+        let ledger = Arc::new(ledger);
+        let drain = config.drain.0;
+        let state = State::new(
+            path,
+            config,
+            shared,
+            engine,
+            kernel,
+            ledger.clone(),
+            registry,
+            log,
+            addresses,
+            tls,
+        )?;
+        tracing::info!(cores, engine = engine.name(), admin = %admin.local_addr()?, "ready");
+        Ok(Gateway {
+            state: Arc::new(state),
+            threads,
+            ledger,
+            admin,
+            token,
+            drain,
+        })
+    }
+
+    /// The control thread's work until the end.
+    async fn control(self) -> anyhow::Result<()> {
+        let Gateway {
+            state,
+            threads,
+            ledger,
+            admin,
+            token,
+            drain,
+        } = self;
+        let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
+        let admin = tokio::net::TcpListener::from_std(admin)?;
+        let api = admin::serve(admin, state.clone(), token, async {
+            let _ = admin_stopped.await;
+        });
+        let api = tokio::task::spawn_local(api);
+        notify::ready();
+        let lived = live(&state, &threads, drain).await;
+        notify::stopping();
+        let _ = stop_admin.send(());
+        // An open scrape does not hold up the end.
+        let _ = tokio::time::timeout(Duration::from_millis(500), api).await;
+        if threads.all_ended() {
+            threads.join();
+        } else {
+            tracing::warn!("the data plane did not end in time; ending without it");
+        }
+        state.end();
+        if let Err(error) = ledger.flush() {
+            tracing::error!(%error, "the ledger could not be flushed; the journal keeps what is missing");
+        }
+        lived
+    }
+}
+
+fn choose_engine(config: &Config) -> anyhow::Result<Engine> {
+    let engine = runtime::choose(config.workers.driver)
+        .context("workers.driver is io_uring, and io_uring cannot be used (see kernel.io_uring_disabled)")?;
+    if engine == Engine::Epoll && config.workers.driver == Driver::Auto {
+        tracing::warn!("io_uring cannot be used here; the data plane runs on epoll");
+    }
+    Ok(engine)
+}
+
+/// Loads the kernel plane, or says why not.
+fn load_kernel(
+    config: &Config,
+    cores: usize,
+    listeners: &[listen::Group],
+) -> anyhow::Result<Result<Kernel, String>> {
+    if config.kernel.mode == KernelMode::Off {
+        return Ok(Err("switched off (kernel.mode)".into()));
+    }
+    let ports: Vec<u16> = listeners.iter().map(|listener| listener.address.port()).collect();
+    let loaded = Kernel::load(&Plan {
+        config: &config.kernel,
+        cores,
+        ports: &ports,
+    })
+    .and_then(|mut kernel| {
+        for listener in listeners {
+            kernel.guard(&listener.descriptors())?;
+        }
+        Ok(kernel)
+    });
+    match loaded {
+        Ok(kernel) => {
+            for part in kernel.degraded() {
+                tracing::warn!("kernel plane: {part}");
+            }
+            tracing::info!("kernel plane loaded: early drop and steering are on");
+            Ok(Ok(kernel))
+        }
+        Err(off) if config.kernel.mode == KernelMode::Required => {
+            bail!(
+                "kernel.mode is required, and the kernel plane cannot be loaded: {}",
+                off.reason
+            )
+        }
+        Err(off) => {
+            tracing::warn!("kernel plane is off: {}; all else works", off.reason);
+            Ok(Err(off.reason))
+        }
+    }
+}
+
+/// Signals and ticks, until the data plane has ended.
+async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> anyhow::Result<()> {
+    let mut hangup = signal(SignalKind::hangup())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut ticks = interval(TICK);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut watchdog = notify::Watchdog::new();
+    let mut deadline = None;
+    loop {
+        let asked_to_end = tokio::select! {
+            _ = ticks.tick() => false,
+            _ = hangup.recv() => {
+                if let Err(error) = state.reload() {
+                    tracing::error!("the new configuration is refused, the old one stays: {error}");
+                }
+                false
+            }
+            _ = terminate.recv() => true,
+            _ = interrupt.recv() => true,
+        };
+        if asked_to_end {
+            deadline = Some(end(state, deadline, drain));
+        }
+        state.tick();
+        watchdog.beat(|| state.cores_are_alive(HEARTBEAT_MS_MAX));
+        if threads.all_ended() && deadline.is_some() {
+            return Ok(());
+        }
+        if deadline.is_none() && !threads.all_run() {
+            state.shared.raise(STOP);
+            bail!("a data-plane thread has ended unasked");
+        }
+        let Some(due) = deadline else { continue };
+        if due <= Instant::now() {
+            if state.shared.level() >= STOP {
+                return Ok(());
+            }
+            tracing::warn!("the drain time is over; ending what still runs");
+            deadline = Some(stop(state));
+        }
+    }
+}
+
+/// A signal to end: the first drains, the second stops. Returns until when.
+fn end(state: &State, deadline: Option<Instant>, drain: Duration) -> Instant {
+    if deadline.is_some() {
+        return stop(state);
+    }
+    notify::stopping();
+    tracing::info!(
+        seconds = drain.as_secs(),
+        "draining: no new connections, running requests go on"
+    );
+    state.shared.raise(DRAIN);
+    Instant::now() + drain
+}
+
+fn stop(state: &State) -> Instant {
+    state.shared.raise(STOP);
+    Instant::now() + STOP_TIME
+}

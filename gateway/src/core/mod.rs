@@ -18,7 +18,10 @@ use crate::{
     bounds::SCRATCH_BYTES,
     error::{Error, Kind, Source},
     fleet::Pool,
-    ledger::{Journal, record::{Record, RequestId}},
+    ledger::{
+        Journal,
+        record::{Record, RequestId},
+    },
     net::{clock, signal::Signal},
     quota::refusals::Refusals,
     serve::snapshot::Snapshot,

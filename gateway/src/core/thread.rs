@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::ArcSwap;
 use rustls::ServerConfig;
 
 use super::{Core, DRAIN, STOP, Shared};
@@ -41,7 +42,8 @@ const ACCEPT_REST: Duration = Duration::from_millis(50);
 /// One listening socket of one core.
 pub struct Listening {
     pub socket: TcpListener,
-    pub tls: Option<Arc<ServerConfig>>,
+    /// Swapped by a reload; a connection takes what is there when it comes.
+    pub tls: Option<Arc<ArcSwap<ServerConfig>>>,
 }
 
 /// The running data plane.
@@ -72,10 +74,21 @@ pub fn start(
     let count = cores.len();
     for (index, (listening, journal)) in cores.into_iter().enumerate() {
         let cpu = (!cpus.is_empty()).then(|| cpus[index % cpus.len()]);
-        let start = Start { index, shared: shared.clone(), engine, cpu, listening, journal };
+        let start = Start {
+            index,
+            shared: shared.clone(),
+            engine,
+            cpu,
+            listening,
+            journal,
+        };
         let ready = ready.clone();
         let name = format!("core-{index}");
-        handles.push(thread::Builder::new().name(name).spawn(move || run(start, ready))?);
+        handles.push(
+            thread::Builder::new()
+                .name(name)
+                .spawn(move || run(start, ready))?,
+        );
     }
     drop(ready);
     for _ in 0..count {
@@ -158,7 +171,11 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         if level >= DRAIN && core.connections.get() == 0 {
             return;
         }
-        let since_stop = if level >= STOP { now_ns - *stopped_ns.get_or_insert(now_ns) } else { 0 };
+        let since_stop = if level >= STOP {
+            now_ns - *stopped_ns.get_or_insert(now_ns)
+        } else {
+            0
+        };
         if since_stop > STOP_TIME.as_nanos() as u64 {
             return;
         }
@@ -166,10 +183,10 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
 }
 
 /// Accepts until the listener is closed.
-async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ServerConfig>>) {
+async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ArcSwap<ServerConfig>>>) {
     loop {
         match listener.accept().await {
-            Ok((sock, peer)) => admit(&core, sock, peer, tls.clone()),
+            Ok((sock, peer)) => admit(&core, sock, peer, tls.as_ref().map(|tls| tls.load_full())),
             Err(_) if core.drain.level() >= DRAIN || core.shared.level() >= DRAIN => return,
             Err(error) => {
                 // Out of descriptors or memory, or a connection that was reset before it was accepted.

@@ -80,7 +80,11 @@ impl Meter {
     /// hidden events have been cut.
     pub fn feed(&mut self, payload: &mut [u8]) -> Range<usize> {
         self.ready.clear();
-        if self.hide_usage { self.feed_holding(payload) } else { self.feed_passing(payload) }
+        if self.hide_usage {
+            self.feed_holding(payload)
+        } else {
+            self.feed_passing(payload)
+        }
     }
 
     /// Events that were carried over from earlier reads and are whole now.
@@ -92,7 +96,11 @@ impl Meter {
     pub fn finish(&mut self) -> Vec<u8> {
         let rest = std::mem::take(&mut self.carry);
         let shown = rest.is_empty() || self.look(&rest);
-        if self.hide_usage && !self.is_long && shown { rest } else { Vec::new() }
+        if self.hide_usage && !self.is_long && shown {
+            rest
+        } else {
+            Vec::new()
+        }
     }
 
     /// Whether the client has been sent a part of an event whose rest has not come.
@@ -202,6 +210,8 @@ impl Meter {
 
     /// Looks at one whole event. False: hide it.
     fn look(&mut self, event: &[u8]) -> bool {
+        // The LF of a CRLF may come only after its event was taken for ended.
+        let event = event.trim_ascii_start();
         if usage::may_have_usage(event) && self.look_for_usage(event) {
             return false;
         }
@@ -240,8 +250,13 @@ impl Meter {
     }
 
     fn look_responses(&mut self, event: &[u8]) {
-        let Some(name) = event.strip_prefix(b"event:").map(<[u8]>::trim_ascii_start) else { return };
-        let name = name.split(|b| matches!(b, b'\r' | b'\n')).next().unwrap_or_default();
+        let Some(name) = event.strip_prefix(b"event:").map(<[u8]>::trim_ascii_start) else {
+            return;
+        };
+        let name = name
+            .split(|b| matches!(b, b'\r' | b'\n'))
+            .next()
+            .unwrap_or_default();
         match name {
             b"response.completed" | b"response.incomplete" => self.seen.done = true,
             b"response.failed" | b"error" => (self.seen.done, self.seen.failed) = (true, true),
@@ -253,7 +268,11 @@ impl Meter {
     fn count(&mut self, bytes: usize) {
         let bytes = bytes as u64;
         let seen = &mut self.seen;
-        seen.smallest = if seen.events == 0 { bytes } else { seen.smallest.min(bytes) };
+        seen.smallest = if seen.events == 0 {
+            bytes
+        } else {
+            seen.smallest.min(bytes)
+        };
         seen.events += 1;
         seen.bytes += bytes;
     }
@@ -267,7 +286,12 @@ mod tests {
     const CHUNK: &str = "data: {\"choices\":[{\"delta\":{\"content\":\"hello\"}}],\"usage\":null}\n\n";
     const USAGE: &str = "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":3,\"completion_tokens\":2}}\n\n";
     const DONE: &str = "data: [DONE]\n\n";
-    const TOLD: Usage = Usage { prompt: 3, cached: 0, completion: 2, reasoning: 0 };
+    const TOLD: Usage = Usage {
+        prompt: 3,
+        cached: 0,
+        completion: 2,
+        reasoning: 0,
+    };
 
     /// What a client receives when the stream comes in the given pieces.
     fn relay(meter: &mut Meter, pieces: &[&[u8]]) -> String {
@@ -323,14 +347,24 @@ mod tests {
 
     #[test]
     fn an_event_that_is_too_long_is_passed_on_in_order() {
-        let long = format!("data: {{\"x\":\"{}\",\"usage\":{{\"prompt_tokens\":9}}}}\n\n", "y".repeat(3 << 20));
+        let long = format!(
+            "data: {{\"x\":\"{}\",\"usage\":{{\"prompt_tokens\":9}}}}\n\n",
+            "y".repeat(3 << 20)
+        );
         let bytes = format!("{CHUNK}{long}{CHUNK}{USAGE}");
         for hide in [false, true] {
             for size in [1000, 64 << 10, 1 << 20, 2 << 20, 5 << 20] {
                 let mut meter = Meter::new(Api::ChatCompletions, hide);
                 let pieces: Vec<&[u8]> = bytes.as_bytes().chunks(size).collect();
-                let expected = if hide { bytes.replace(USAGE, "") } else { bytes.clone() };
-                assert!(relay(&mut meter, &pieces) == expected, "hide {hide}, pieces of {size}");
+                let expected = if hide {
+                    bytes.replace(USAGE, "")
+                } else {
+                    bytes.clone()
+                };
+                assert!(
+                    relay(&mut meter, &pieces) == expected,
+                    "hide {hide}, pieces of {size}"
+                );
                 assert!(meter.carry.capacity() <= CARRY_KEPT_BYTES);
                 assert_eq!(meter.seen.usage, Some(TOLD));
             }
@@ -343,10 +377,14 @@ mod tests {
         relay(&mut meter, &[b"data: {\"error\":{\"message\":\"no\"}}\n\n"]);
         assert!(meter.seen.failed && !meter.seen.done);
         let mut meter = Meter::new(Api::Responses, false);
-        let stream = b"event: response.output_text.delta\ndata: {\"delta\":\"a\"}\n\nevent: response.completed\n\
+        let stream =
+            b"event: response.output_text.delta\ndata: {\"delta\":\"a\"}\n\nevent: response.completed\n\
             data: {\"response\":{\"usage\":{\"input_tokens\":3,\"output_tokens\":2}}}\n\n";
         relay(&mut meter, &[stream]);
-        assert_eq!((meter.seen.usage, meter.seen.events, meter.seen.done), (Some(TOLD), 1, true));
+        assert_eq!(
+            (meter.seen.usage, meter.seen.events, meter.seen.done),
+            (Some(TOLD), 1, true)
+        );
     }
 
     proptest! {

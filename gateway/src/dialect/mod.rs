@@ -42,9 +42,14 @@ impl Api {
 
     /// The API at a path.
     pub fn of_path(path: &[u8]) -> Option<Api> {
-        [Api::ChatCompletions, Api::Completions, Api::Embeddings, Api::Responses]
-            .into_iter()
-            .find(|api| api.path().as_bytes() == path)
+        [
+            Api::ChatCompletions,
+            Api::Completions,
+            Api::Embeddings,
+            Api::Responses,
+        ]
+        .into_iter()
+        .find(|api| api.path().as_bytes() == path)
     }
 
     /// The inverse of `self as u8`.

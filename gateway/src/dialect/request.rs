@@ -57,21 +57,23 @@ impl<'b> Call<'b> {
             return Err(Error::bad_field("model", "you must provide a model parameter"));
         };
         let model_value = model.value.clone();
-        let Some(name) = model.as_str(body) else {
+        let Some(name) = model.as_str() else {
             return Err(Error::bad_field("model", "`model` must be a string"));
         };
         let stream = match &found.stream {
             None => false,
             Some(member) if member.kind == json::Kind::Null => false,
             Some(member) => member
-                .as_bool(body)
+                .as_bool()
                 .ok_or_else(|| Error::bad_field("stream", "`stream` must be true or false"))?,
         };
         let mut call = Call {
             model: name,
             stream,
             hide_usage: false,
-            output_max: found.output_max.map(|max| max.saturating_mul(found.choices.unwrap_or(1).max(1))),
+            output_max: found
+                .output_max
+                .map(|max| max.saturating_mul(found.choices.unwrap_or(1).max(1))),
             model_value,
             edit: None,
         };
@@ -90,18 +92,23 @@ impl<'b> Call<'b> {
                 let end = body.iter().rposition(|&b| b == b'}').ok_or_else(wrong)?;
                 let mut text = br#","stream_options":"#.to_vec();
                 text.extend_from_slice(INCLUDE_USAGE);
-                Edit { place: end..end, text: text.into() }
-            }
-            Some(member) if member.kind == json::Kind::Null => {
-                Edit { place: member.value, text: INCLUDE_USAGE.into() }
-            }
-            Some(member) if member.kind == json::Kind::Object => {
-                match include_usage(body, &member.value)? {
-                    Some((true, _)) => return Ok(()),
-                    Some((false, place)) => Edit { place, text: Cow::Borrowed(b"true") },
-                    None => include_usage_edit(body, &member.value),
+                Edit {
+                    place: end..end,
+                    text: text.into(),
                 }
             }
+            Some(member) if member.kind == json::Kind::Null => Edit {
+                place: member.value,
+                text: INCLUDE_USAGE.into(),
+            },
+            Some(member) if member.kind == json::Kind::Object => match include_usage(body, &member.value)? {
+                Some((true, _)) => return Ok(()),
+                Some((false, place)) => Edit {
+                    place,
+                    text: Cow::Borrowed(b"true"),
+                },
+                None => include_usage_edit(body, &member.value),
+            },
             Some(_) => return Err(wrong()),
         };
         self.edit = Some(edit);
@@ -117,8 +124,18 @@ impl<'b> Call<'b> {
             None => [&body[..model.0.start], model.1, &body[model.0.end..], &[], &[]],
             Some(edit) => {
                 let edit = (edit.place.clone(), edit.text.as_ref());
-                let (first, second) = if edit.0.start < model.0.start { (edit, model) } else { (model, edit) };
-                [&body[..first.0.start], first.1, &body[first.0.end..second.0.start], second.1, &body[second.0.end..]]
+                let (first, second) = if edit.0.start < model.0.start {
+                    (edit, model)
+                } else {
+                    (model, edit)
+                };
+                [
+                    &body[..first.0.start],
+                    first.1,
+                    &body[first.0.end..second.0.start],
+                    second.1,
+                    &body[second.0.end..],
+                ]
             }
         }
     }
@@ -136,7 +153,10 @@ impl<'b> Found<'b> {
         for member in json::members(body) {
             let member = member.map_err(|error| {
                 let at = error.offset;
-                Error::new(Kind::BadRequest, format!("the body is not valid JSON: {} at byte {at}", error.what))
+                Error::new(
+                    Kind::BadRequest,
+                    format!("the body is not valid JSON: {} at byte {at}", error.what),
+                )
             })?;
             match member.key.as_ref() {
                 "model" => once(&mut found.model, member, "model")?,
@@ -146,13 +166,18 @@ impl<'b> Found<'b> {
                     if member.kind == json::Kind::Null {
                         continue;
                     }
-                    let wrong = || Error::bad_field("max_tokens", "the output limit must be a positive integer");
-                    let max = member.as_u64(body).ok_or_else(wrong)?;
+                    let wrong =
+                        || Error::bad_field("max_tokens", "the output limit must be a positive integer");
+                    let max = member.as_u64().ok_or_else(wrong)?;
                     // Which of two the upstream honours is its business: reserve for the larger.
-                    found.output_max = Some(if seen_output { found.output_max.unwrap_or(0).max(max) } else { max });
+                    found.output_max = Some(if seen_output {
+                        found.output_max.unwrap_or(0).max(max)
+                    } else {
+                        max
+                    });
                     seen_output = true;
                 }
-                "n" => found.choices = member.as_u64(body),
+                "n" => found.choices = member.as_u64(),
                 _ => {}
             }
         }
@@ -166,7 +191,10 @@ fn once<'b>(
     name: &'static str,
 ) -> Result<(), Error> {
     if place.is_some() {
-        return Err(Error::bad_field(name, format!("`{name}` stands twice in the body")));
+        return Err(Error::bad_field(
+            name,
+            format!("`{name}` stands twice in the body"),
+        ));
     }
     *place = Some(member);
     Ok(())
@@ -184,7 +212,7 @@ fn include_usage(body: &[u8], options: &Range<usize>) -> Result<Option<(bool, Ra
         }
         let value = match member.kind {
             json::Kind::Null => false,
-            _ => member.as_bool(slice).ok_or_else(wrong)?,
+            _ => member.as_bool().ok_or_else(wrong)?,
         };
         let place = options.start + member.value.start..options.start + member.value.end;
         if found.replace((value, place)).is_some() {
@@ -198,8 +226,15 @@ fn include_usage(body: &[u8], options: &Range<usize>) -> Result<Option<(bool, Ra
 fn include_usage_edit(body: &[u8], options: &Range<usize>) -> Edit {
     let inside = &body[options.start + 1..options.end - 1];
     let is_empty = inside.iter().all(u8::is_ascii_whitespace);
-    let text: &[u8] = if is_empty { br#""include_usage":true"# } else { br#""include_usage":true,"# };
-    Edit { place: options.start + 1..options.start + 1, text: text.into() }
+    let text: &[u8] = if is_empty {
+        br#""include_usage":true"#
+    } else {
+        br#""include_usage":true,"#
+    };
+    Edit {
+        place: options.start + 1..options.start + 1,
+        text: text.into(),
+    }
 }
 
 #[cfg(test)]
@@ -224,36 +259,85 @@ mod tests {
         let (text, hide) = sent(Api::ChatCompletions, body);
         assert_eq!(text, body.replace(r#""m""#, r#""up""#));
         assert!(!hide);
-        assert_eq!(Call::parse(Api::ChatCompletions, body.as_bytes()).expect("valid").output_max, Some(15));
+        assert_eq!(
+            Call::parse(Api::ChatCompletions, body.as_bytes())
+                .expect("valid")
+                .output_max,
+            Some(15)
+        );
     }
 
     #[test]
     fn streams_always_tell_their_usage() {
         let cases = [
-            (r#"{"model":"m","stream":true}"#, r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#, true),
-            (r#"{"stream":true,"stream_options":{},"model":"m"}"#, r#"{"stream":true,"stream_options":{"include_usage":true},"model":"up"}"#, true),
-            (r#"{"stream_options":{"a":1},"model":"m","stream":true}"#, r#"{"stream_options":{"include_usage":true,"a":1},"model":"up","stream":true}"#, true),
-            (r#"{"model":"m","stream":true,"stream_options":{"include_usage":false}}"#, r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#, true),
-            (r#"{"model":"m","stream":true,"stream_options":null}"#, r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#, true),
-            (r#"{"model":"m","stream":true,"stream_options":{"include_usage":true}}"#, r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#, false),
-            (r#"{"stream_options":{"include_us\u0061ge":false},"model":"m","stream":true}"#, r#"{"stream_options":{"include_us\u0061ge":true},"model":"up","stream":true}"#, true),
+            (
+                r#"{"model":"m","stream":true}"#,
+                r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#,
+                true,
+            ),
+            (
+                r#"{"stream":true,"stream_options":{},"model":"m"}"#,
+                r#"{"stream":true,"stream_options":{"include_usage":true},"model":"up"}"#,
+                true,
+            ),
+            (
+                r#"{"stream_options":{"a":1},"model":"m","stream":true}"#,
+                r#"{"stream_options":{"include_usage":true,"a":1},"model":"up","stream":true}"#,
+                true,
+            ),
+            (
+                r#"{"model":"m","stream":true,"stream_options":{"include_usage":false}}"#,
+                r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#,
+                true,
+            ),
+            (
+                r#"{"model":"m","stream":true,"stream_options":null}"#,
+                r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#,
+                true,
+            ),
+            (
+                r#"{"model":"m","stream":true,"stream_options":{"include_usage":true}}"#,
+                r#"{"model":"up","stream":true,"stream_options":{"include_usage":true}}"#,
+                false,
+            ),
+            (
+                r#"{"stream_options":{"include_us\u0061ge":false},"model":"m","stream":true}"#,
+                r#"{"stream_options":{"include_us\u0061ge":true},"model":"up","stream":true}"#,
+                true,
+            ),
         ];
         for (body, expected, hide) in cases {
-            assert_eq!(sent(Api::ChatCompletions, body), (expected.to_string(), hide), "{body}");
+            assert_eq!(
+                sent(Api::ChatCompletions, body),
+                (expected.to_string(), hide),
+                "{body}"
+            );
         }
         let body = r#"{"model":"m","stream":true}"#;
-        assert_eq!(sent(Api::Responses, body), (r#"{"model":"up","stream":true}"#.to_string(), false));
+        assert_eq!(
+            sent(Api::Responses, body),
+            (r#"{"model":"up","stream":true}"#.to_string(), false)
+        );
     }
 
     #[test]
     fn refuses_what_the_upstream_may_read_otherwise() {
         assert_eq!(refused(r#"{"model":"a","mod\u0065l":"b"}"#).param, Some("model"));
-        assert_eq!(refused(r#"{"model":"a","stream":true,"stream":false}"#).param, Some("stream"));
+        assert_eq!(
+            refused(r#"{"model":"a","stream":true,"stream":false}"#).param,
+            Some("stream")
+        );
         assert_eq!(refused(r#"{"model":7}"#).param, Some("model"));
         assert_eq!(refused(r#"{"messages":[]}"#).param, Some("model"));
         assert_eq!(refused(r#"{"model":"m","stream":"yes"}"#).param, Some("stream"));
-        assert_eq!(refused(r#"{"model":"m","stream":true,"stream_options":[]}"#).param, Some("stream_options"));
-        assert_eq!(refused(r#"{"model":"m","max_tokens":-1}"#).param, Some("max_tokens"));
+        assert_eq!(
+            refused(r#"{"model":"m","stream":true,"stream_options":[]}"#).param,
+            Some("stream_options")
+        );
+        assert_eq!(
+            refused(r#"{"model":"m","max_tokens":-1}"#).param,
+            Some("max_tokens")
+        );
         assert_eq!(refused(r#"{"model":"m""#).kind, Kind::BadRequest);
         assert_eq!(refused("[]").kind, Kind::BadRequest);
         assert_eq!(refused(r#"{"model":"m"} x"#).kind, Kind::BadRequest);

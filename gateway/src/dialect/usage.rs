@@ -42,7 +42,9 @@ struct OutputDetails {
 /// much as reading the bytes once; `"usage":null`, which every chunk of a stream may carry, is a no.
 pub fn may_have_usage(json: &[u8]) -> bool {
     NEEDLE.find_iter(json).any(|at| {
-        let mut rest = json[at + NEEDLE.needle().len()..].iter().filter(|b| !b.is_ascii_whitespace());
+        let mut rest = json[at + NEEDLE.needle().len()..]
+            .iter()
+            .filter(|b| !b.is_ascii_whitespace());
         rest.next() == Some(&b':') && rest.next() == Some(&b'{')
     })
 }
@@ -109,9 +111,14 @@ fn parse(object: &[u8]) -> Option<Usage> {
         return None;
     }
     let (prompt, completion) = (prompt.unwrap_or(0), completion.unwrap_or(0));
-    let cached = wire.prompt_tokens_details.or(wire.input_tokens_details).and_then(|d| d.cached_tokens);
-    let reasoning =
-        wire.completion_tokens_details.or(wire.output_tokens_details).and_then(|d| d.reasoning_tokens);
+    let cached = wire
+        .prompt_tokens_details
+        .or(wire.input_tokens_details)
+        .and_then(|d| d.cached_tokens);
+    let reasoning = wire
+        .completion_tokens_details
+        .or(wire.output_tokens_details)
+        .and_then(|d| d.reasoning_tokens);
     Some(Usage {
         prompt,
         cached: cached.unwrap_or(0).min(prompt),
@@ -126,16 +133,33 @@ mod tests {
 
     const CHAT: &str = r#"{"id":"c","choices":[],"usage":{"prompt_tokens":7,"completion_tokens":11,"total_tokens":18,
         "prompt_tokens_details":{"cached_tokens":3},"completion_tokens_details":{"reasoning_tokens":2}}}"#;
-    const EXPECTED: Usage = Usage { prompt: 7, cached: 3, completion: 11, reasoning: 2 };
+    const EXPECTED: Usage = Usage {
+        prompt: 7,
+        cached: 3,
+        completion: 11,
+        reasoning: 2,
+    };
 
     #[test]
     fn finds_it_at_the_top_only() {
         assert_eq!(find(Api::ChatCompletions, CHAT.as_bytes()), Some(EXPECTED));
-        assert_eq!(find(Api::ChatCompletions, br#"{"a":{"usage":{"prompt_tokens":1}}}"#), None);
-        assert_eq!(find(Api::ChatCompletions, br#"{"a":"\"usage\":{","usage":null}"#), None);
+        assert_eq!(
+            find(Api::ChatCompletions, br#"{"a":{"usage":{"prompt_tokens":1}}}"#),
+            None
+        );
+        assert_eq!(
+            find(Api::ChatCompletions, br#"{"a":"\"usage\":{","usage":null}"#),
+            None
+        );
         assert_eq!(find(Api::ChatCompletions, br#"{"usage":{}}"#), None);
         let embeddings = br#"{"data":[],"usage":{"prompt_tokens":8,"total_tokens":8}}"#;
-        assert_eq!(find(Api::Embeddings, embeddings), Some(Usage { prompt: 8, ..Usage::default() }));
+        assert_eq!(
+            find(Api::Embeddings, embeddings),
+            Some(Usage {
+                prompt: 8,
+                ..Usage::default()
+            })
+        );
     }
 
     #[test]
@@ -143,7 +167,12 @@ mod tests {
         let event = br#"{"type":"response.completed","response":{"tools":[{"usage":{"prompt_tokens":9}}],
             "usage":{"input_tokens":5,"input_tokens_details":{"cached_tokens":1},"output_tokens":6,
             "output_tokens_details":{"reasoning_tokens":4},"total_tokens":11}}}"#;
-        let expected = Usage { prompt: 5, cached: 1, completion: 6, reasoning: 4 };
+        let expected = Usage {
+            prompt: 5,
+            cached: 1,
+            completion: 6,
+            reasoning: 4,
+        };
         assert_eq!(find(Api::Responses, event), Some(expected));
     }
 

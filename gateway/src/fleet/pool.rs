@@ -3,7 +3,10 @@
 use std::{collections::HashMap, time::Duration};
 
 use super::Endpoint;
-use crate::{bounds::POOL_IDLE_MAX, net::{Conn, clock}};
+use crate::{
+    bounds::POOL_IDLE_MAX,
+    net::{Conn, clock},
+};
 
 /// How long an unused connection is kept. Servers commonly keep theirs from 5 s (uvicorn) to 75 s; one that was
 /// closed meanwhile is found out when it is taken.
@@ -53,7 +56,10 @@ impl Pool {
         if state.idle.len() >= POOL_IDLE_MAX {
             state.idle.remove(0);
         }
-        state.idle.push(Idle { conn, since_ns: clock::monotonic_ns() });
+        state.idle.push(Idle {
+            conn,
+            since_ns: clock::monotonic_ns(),
+        });
     }
 
     /// Notes that a request begins at an endpoint.
@@ -84,7 +90,9 @@ impl Pool {
     /// Notes that the endpoint could not be reached; it is passed over for a while.
     pub fn unreachable(&mut self, id: u64, now_ns: u64) {
         let state = self.endpoints.entry(id).or_default();
-        let down = DOWN_FIRST.saturating_mul(1 << state.failures.min(6)).min(DOWN_MAX);
+        let down = DOWN_FIRST
+            .saturating_mul(1 << state.failures.min(6))
+            .min(DOWN_MAX);
         state.failures = state.failures.saturating_add(1);
         state.down_until_ns = now_ns + down.as_nanos() as u64;
         state.idle.clear();
@@ -92,7 +100,9 @@ impl Pool {
 
     /// Whether the endpoint is passed over now.
     pub fn is_down(&self, id: u64, now_ns: u64) -> bool {
-        self.endpoints.get(&id).is_some_and(|state| state.down_until_ns > now_ns)
+        self.endpoints
+            .get(&id)
+            .is_some_and(|state| state.down_until_ns > now_ns)
     }
 
     /// Closes what was idle for too long and forgets endpoints of which nothing is left.

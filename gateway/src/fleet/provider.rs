@@ -67,20 +67,31 @@ impl Endpoints {
     /// Makes a provider of the configuration, with endpoints that are kept where they were known.
     pub fn provider(&mut self, name: &str, schema: &schema::Provider) -> anyhow::Result<Provider> {
         let defaults = [default_endpoint(schema.kind).to_string()];
-        let urls = if schema.endpoints.is_empty() { &defaults[..] } else { &schema.endpoints[..] };
+        let urls = if schema.endpoints.is_empty() {
+            &defaults[..]
+        } else {
+            &schema.endpoints[..]
+        };
         let mut tls = None;
         let mut endpoints = Vec::with_capacity(urls.len());
         for text in urls {
             let url = config::parse_endpoint(text).map_err(anyhow::Error::msg)?;
             if url.tls && tls.is_none() {
-                let config = tls::client_config(schema.ca.as_deref())
-                    .with_context(|| format!("provider {name}"))?;
+                let config =
+                    tls::client_config(schema.ca.as_deref()).with_context(|| format!("provider {name}"))?;
                 tls = Some(config);
             }
             endpoints.push(self.endpoint(text, url, tls.clone(), schema));
         }
-        let authorization = schema.key.as_ref().map(|key| Secret::new(format!("Bearer {}", key.expose())));
-        Ok(Provider { name: name.into(), authorization, endpoints })
+        let authorization = schema
+            .key
+            .as_ref()
+            .map(|key| Secret::new(format!("Bearer {}", key.expose())));
+        Ok(Provider {
+            name: name.into(),
+            authorization,
+            endpoints,
+        })
     }
 
     fn endpoint(
@@ -98,10 +109,19 @@ impl Endpoints {
             return known.clone();
         }
         let literal: Option<IpAddr> = url.host.trim_matches(['[', ']']).parse().ok();
-        let addresses = literal.map(|ip| SocketAddr::new(ip, url.port)).into_iter().collect();
+        let addresses = literal
+            .map(|ip| SocketAddr::new(ip, url.port))
+            .into_iter()
+            .collect();
         let authority = url.authority();
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
-        let endpoint = Endpoint { id, url, authority, tls, addresses: ArcSwap::from_pointee(addresses) };
+        let endpoint = Endpoint {
+            id,
+            url,
+            authority,
+            tls,
+            addresses: ArcSwap::from_pointee(addresses),
+        };
         let endpoint = Arc::new(endpoint);
         self.known.insert(identity, endpoint.clone());
         endpoint
@@ -115,7 +135,11 @@ impl Endpoints {
     /// Endpoints whose host is a name.
     pub fn named(&self) -> Vec<Arc<Endpoint>> {
         let is_name = |host: &str| host.trim_matches(['[', ']']).parse::<IpAddr>().is_err();
-        self.known.values().filter(|endpoint| is_name(&endpoint.url.host)).cloned().collect()
+        self.known
+            .values()
+            .filter(|endpoint| is_name(&endpoint.url.host))
+            .cloned()
+            .collect()
     }
 }
 

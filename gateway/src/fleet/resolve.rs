@@ -25,20 +25,27 @@ impl Resolver {
     /// Starts the thread; it ends when the resolver is dropped.
     pub fn start() -> std::io::Result<Resolver> {
         let (endpoints, inbox) = mpsc::channel();
-        thread::Builder::new().name("resolver".into()).spawn(move || run(&inbox))?;
+        thread::Builder::new()
+            .name("resolver".into())
+            .spawn(move || run(&inbox))?;
         Ok(Resolver { endpoints })
     }
 
     /// From now on these endpoints are kept fresh, beginning at once.
     pub fn watch(&self, endpoints: &[Arc<Endpoint>]) {
-        let _ = self.endpoints.send(endpoints.iter().map(Arc::downgrade).collect());
+        let _ = self
+            .endpoints
+            .send(endpoints.iter().map(Arc::downgrade).collect());
     }
 }
 
 fn run(inbox: &mpsc::Receiver<Vec<Weak<Endpoint>>>) {
     let mut watched: Vec<Weak<Endpoint>> = Vec::new();
     loop {
-        let waiting = watched.iter().filter_map(Weak::upgrade).any(|endpoint| endpoint.addresses.load().is_empty());
+        let waiting = watched
+            .iter()
+            .filter_map(Weak::upgrade)
+            .any(|endpoint| endpoint.addresses.load().is_empty());
         match inbox.recv_timeout(if waiting { RETRY } else { REFRESH }) {
             Ok(endpoints) => watched = endpoints,
             Err(mpsc::RecvTimeoutError::Timeout) => {}

@@ -12,7 +12,10 @@ pub fn order(targets: &[Target], mut chance: impl FnMut(u64) -> u64) -> Vec<usiz
     left.sort_by_key(|&i| targets[i].priority);
     let mut order = Vec::with_capacity(left.len());
     while let Some(&first) = left.first() {
-        let group = left.iter().take_while(|&&i| targets[i].priority == targets[first].priority).count();
+        let group = left
+            .iter()
+            .take_while(|&&i| targets[i].priority == targets[first].priority)
+            .count();
         let sum: u64 = left[..group].iter().map(|&i| u64::from(targets[i].weight)).sum();
         let mut drawn = if group == 1 { 0 } else { chance(sum) };
         let picked = left[..group].iter().position(|&i| {
@@ -37,7 +40,9 @@ pub fn endpoint<'a>(
 ) -> Option<&'a Arc<Endpoint>> {
     let count = endpoints.len();
     let from = turn as usize % count.max(1);
-    let rotated = (0..count).map(|i| &endpoints[(from + i) % count]).filter(|e| !tried.contains(&e.id));
+    let rotated = (0..count)
+        .map(|i| &endpoints[(from + i) % count])
+        .filter(|e| !tried.contains(&e.id));
     // `min_by_key` takes the first of equals, which the rotation makes a different one each time.
     rotated.min_by_key(|e| {
         let load = match balance {
@@ -54,7 +59,11 @@ mod tests {
     use crate::fleet::Provider;
 
     fn targets(weights: &[(u32, u32)]) -> Vec<Target> {
-        let provider = Arc::new(Provider { name: "p".into(), authorization: None, endpoints: Vec::new() });
+        let provider = Arc::new(Provider {
+            name: "p".into(),
+            authorization: None,
+            endpoints: Vec::new(),
+        });
         let target = |&(weight, priority)| Target {
             provider: provider.clone(),
             model: "m".into(),

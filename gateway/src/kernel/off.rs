@@ -117,19 +117,26 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         }
         next = cause.source();
     }
-    // The verifier's log has thousands of lines; its first one names the fault.
-    match text.split_once('\n') {
-        Some((first, _)) => first.to_string(),
-        None => text,
+    // The verifier's log has thousands of lines: the fault stands near the end, before a line of statistics.
+    let mut lines: Vec<&str> = text
+        .lines()
+        .map(str::trim)
+        .filter(|line| !line.is_empty())
+        .collect();
+    if lines.len() > 1 {
+        tracing::debug!(error = %text, "the whole of it");
+        let skipped = lines.len().saturating_sub(3).max(1);
+        lines.drain(1..skipped);
     }
+    lines.join(" | ")
 }
 
-/// True when a cause is EPERM or EACCES.
+/// True when a cause is EPERM. EACCES is what the verifier answers to a program that it does not admit.
 pub(super) fn denied(error: &(dyn Error + 'static)) -> bool {
     let mut next = Some(error);
     while let Some(cause) = next {
         if let Some(io) = cause.downcast_ref::<io::Error>() {
-            return io.kind() == io::ErrorKind::PermissionDenied;
+            return io.raw_os_error() == Some(libc::EPERM);
         }
         next = cause.source();
     }
@@ -164,7 +171,10 @@ mod tests {
         let off = Off::failed("loading", &denied);
         assert!(off.reason.starts_with("loading failed: "), "{off}");
         assert!(off.reason.contains("not permitted"), "{off}");
-        let odd = io::Error::other("first\nsecond");
-        assert!(!Off::failed("x", &odd).reason.contains("second"));
+        let long = io::Error::other("first\n1\n2\n3\n\nfault\nstatistics");
+        assert_eq!(
+            Off::failed("x", &long).reason,
+            "x failed: first | 3 | fault | statistics"
+        );
     }
 }

@@ -185,7 +185,8 @@ pub enum Found<'a> {
 }
 
 /// Finds what stands at `*at`, a multiple of 64 in the bytes of the segment `id`, and moves `*at`
-/// behind it. `None` where nothing but zeros follows; `*at` then stays.
+/// behind it. `None` where no more was appended; `*at` then stays. An append that the process did not
+/// live to finish, or has not finished yet, was not made: it has no word and nothing follows it.
 pub fn next<'a>(segment: &'a [u8], id: u64, at: &mut usize) -> Option<Found<'a>> {
     let start = *at;
     if let Some(frame) = frame_at(segment, id, start) {
@@ -196,17 +197,22 @@ pub fn next<'a>(segment: &'a [u8], id: u64, at: &mut usize) -> Option<Found<'a>>
         });
     }
     let mut offset = start;
-    let mut written = false;
+    // Behind the last unit that is not all zeros.
+    let mut written_end = start;
     while let Some(rest) = segment.get(offset..).filter(|rest| !rest.is_empty()) {
         if offset > start && frame_at(segment, id, offset).is_some() {
             *at = offset;
             return Some(Found::Torn { offset: start });
         }
         let unit = &rest[..rest.len().min(UNIT_BYTES)];
-        written |= unit.iter().any(|byte| *byte != 0);
         offset += UNIT_BYTES;
+        if unit.iter().any(|byte| *byte != 0) {
+            written_end = offset;
+        }
     }
-    if !written {
+    let word = segment.get(start..)?.first_chunk::<WORD_BYTES>();
+    let unfinished = word == Some(&[0; WORD_BYTES]) && written_end - start <= RECORD_BYTES_MAX;
+    if written_end == start || unfinished {
         return None;
     }
     *at = segment.len().next_multiple_of(UNIT_BYTES);
@@ -345,6 +351,22 @@ mod tests {
         let (found, torn) = read(&bytes, ID);
         assert_eq!(found, [&records[..1], &records[3..]].concat());
         assert_eq!(torn, [starts[1]]);
+    }
+
+    #[test]
+    fn an_append_that_was_not_finished_was_not_made() {
+        let records = records();
+        let (mut bytes, starts) = segment(&records);
+        let last = *starts.last().unwrap();
+        bytes[last..last + WORD_BYTES].fill(0);
+        bytes.resize(8192, 0);
+        assert_eq!(read(&bytes, ID), (records[..records.len() - 1].to_vec(), vec![]));
+        // More than one append can have left is damage.
+        bytes[last + RECORD_BYTES_MAX] = 1;
+        assert_eq!(
+            read(&bytes, ID),
+            (records[..records.len() - 1].to_vec(), vec![last])
+        );
     }
 
     #[test]

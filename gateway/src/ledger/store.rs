@@ -225,9 +225,12 @@ impl Store {
     }
 }
 
+/// Positions and sums of one moment.
+pub type Snapshot = (Positions, Vec<(Group, Counters)>);
+
 /// Positions and sums of one moment, of days from `day_min` on. Works while a gateway writes, and
 /// when none runs; `None` where there is no database yet.
-pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<(Positions, Vec<(Group, Counters)>)>> {
+pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<Snapshot>> {
     let path: PathBuf = state.join(FILE);
     if !path
         .try_exists()

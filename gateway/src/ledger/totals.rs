@@ -262,3 +262,53 @@ impl Totals {
         list
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{super::record::tests::numbered, *};
+
+    #[test]
+    fn labels_are_bounded_and_nothing_is_lost() {
+        let mut totals = Totals::default();
+        let records = USAGE_LABELS_MAX as u64 + 100;
+        for number in 0..records {
+            let mut sums = Sums::default();
+            let mut record = numbered(1);
+            record.key = format!("key {number}").into();
+            sums.add(&record.view());
+            sums.add(&record.view());
+            totals.add(&sums);
+        }
+        let list = totals.list();
+        assert_eq!(list.len(), USAGE_LABELS_MAX);
+        assert_eq!(
+            list.iter().map(|(.., counters)| counters.requests).sum::<u64>(),
+            2 * records
+        );
+        let other = list
+            .iter()
+            .find(|(key, model, _)| key == OTHER && model == OTHER)
+            .unwrap();
+        assert_eq!(other.2.requests, 2 * 101);
+    }
+
+    #[test]
+    fn groups_differ_by_each_of_their_parts() {
+        let mut sums = Sums::default();
+        let base = numbered(1);
+        sums.add(&base.view());
+        // Names that run together the same way are still different ones.
+        for (key, team) in [("al", "ice"), ("", "alice"), ("alice", "x")] {
+            let mut record = base.clone();
+            (record.key, record.team) = (key.into(), team.into());
+            sums.add(&record.view());
+        }
+        let mut later = base.clone();
+        later.time_unix_ms += DAY_MS;
+        sums.add(&later.view());
+        sums.add(&base.view());
+        assert_eq!(sums.groups().len(), 5);
+        assert_eq!(sums.groups()[0].1.requests, 2);
+        assert_eq!(day_of(u64::MAX), 2_932_895);
+    }
+}

@@ -16,5 +16,7 @@ pub fn monotonic_ns() -> u64 {
 /// Milliseconds since the Unix epoch by the wall clock, which may step either way.
 #[allow(clippy::disallowed_methods)] // this is the clock
 pub fn unix_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
 }

@@ -11,7 +11,6 @@ use super::{Either, race, sleep, tcp::Sock};
 /// Most slices that one vectored write takes: the pieces of a rewritten request.
 pub const SLICES_MAX: usize = 16;
 
-
 /// A connection to a client or an upstream.
 pub struct Conn {
     sock: Rc<Sock>,
@@ -33,7 +32,13 @@ impl Conn {
 
     /// Does the TLS handshake within `time`. Errors: the peer's alert, a bad certificate, silence.
     pub async fn tls(sock: Rc<Sock>, session: rustls::Connection, time: Duration) -> io::Result<Conn> {
-        let mut conn = Conn { sock, tls: Some(Box::new(Session { rustls: session, has_plaintext: false })) };
+        let mut conn = Conn {
+            sock,
+            tls: Some(Box::new(Session {
+                rustls: session,
+                has_plaintext: false,
+            })),
+        };
         match race(conn.handshake(), sleep(time)).await {
             Either::First(done) => done.map(|()| conn),
             Either::Second(()) => Err(io::ErrorKind::TimedOut.into()),
@@ -46,7 +51,9 @@ impl Conn {
     }
 
     async fn handshake(&mut self) -> io::Result<()> {
-        let Some(session) = self.tls.as_mut() else { return Ok(()) };
+        let Some(session) = self.tls.as_mut() else {
+            return Ok(());
+        };
         loop {
             while session.rustls.wants_write() {
                 if !session.push(&self.sock)? {
@@ -123,7 +130,9 @@ impl Conn {
 
     /// Whether bytes taken by earlier writes still wait in this process.
     pub fn has_unsent(&self) -> bool {
-        self.tls.as_ref().is_some_and(|session| session.rustls.wants_write())
+        self.tls
+            .as_ref()
+            .is_some_and(|session| session.rustls.wants_write())
     }
 
     /// Hands all bytes to the kernel. `stall` is the longest time that the peer may take nothing.
@@ -239,17 +248,23 @@ struct Direct<'a>(&'a Sock);
 
 impl Read for Direct<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        self.0.try_read(buffer)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        self.0
+            .try_read(buffer)?
+            .ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 }
 
 impl Write for Direct<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.0.try_write(bytes)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        self.0
+            .try_write(bytes)?
+            .ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 
     fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.0.try_write_vectored(slices)?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
+        self.0
+            .try_write_vectored(slices)?
+            .ok_or_else(|| io::ErrorKind::WouldBlock.into())
     }
 
     fn flush(&mut self) -> io::Result<()> {

@@ -92,7 +92,7 @@ pub fn create(path: &Path, bytes: usize, head: &[u8]) -> io::Result<(File, Appen
 
 /// Gives the file all its blocks and its first contents, on the disk.
 fn fill(mut file: &File, bytes: usize, head: &[u8]) -> io::Result<()> {
-    const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+    static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
     allocate(file, bytes)?;
     file.write_all(head)?;
     // Zeros are written although `fallocate` gave zeros: it leaves extents "unwritten", and each

@@ -10,6 +10,7 @@
 pub mod clock;
 pub mod conn;
 pub mod mapped;
+pub mod process;
 pub mod race;
 pub mod runtime;
 pub mod signal;

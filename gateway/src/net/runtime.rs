@@ -39,10 +39,16 @@ pub fn choose(driver: Driver) -> io::Result<Engine> {
     if driver == Driver::Epoll {
         return Ok(Engine::Epoll);
     }
-    match monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().with_entries(16).build() {
+    match monoio::RuntimeBuilder::<monoio::IoUringDriver>::new()
+        .with_entries(16)
+        .build()
+    {
         Ok(_) if monoio::utils::detect_uring() => Ok(Engine::IoUring),
         Ok(_) if driver == Driver::Auto => Ok(Engine::Epoll),
-        Ok(_) => Err(io::Error::new(io::ErrorKind::Unsupported, "this kernel's io_uring lacks needed operations")),
+        Ok(_) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel's io_uring lacks needed operations",
+        )),
         Err(_) if driver == Driver::Auto => Ok(Engine::Epoll),
         Err(error) => Err(error),
     }
@@ -116,7 +122,11 @@ pub fn pin_to(cpu: usize) -> io::Result<()> {
     unsafe { libc::CPU_SET(cpu, &mut set) };
     // SAFETY: the set lives over the call, which only reads it; 0 is this thread.
     let result = unsafe { libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// The CPUs that this process may run on.
@@ -128,5 +138,7 @@ pub fn cpus() -> io::Result<Vec<usize>> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: every number is below CPU_SETSIZE.
-    Ok((0..libc::CPU_SETSIZE as usize).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect())
+    Ok((0..libc::CPU_SETSIZE as usize)
+        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
+        .collect())
 }

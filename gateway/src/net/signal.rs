@@ -33,7 +33,13 @@ impl Signal {
             return;
         }
         self.inner.level.set(level);
-        let wakers: Vec<Waker> = self.inner.waiting.borrow_mut().iter_mut().filter_map(Option::take).collect();
+        let wakers: Vec<Waker> = self
+            .inner
+            .waiting
+            .borrow_mut()
+            .iter_mut()
+            .filter_map(Option::take)
+            .collect();
         for waker in wakers {
             waker.wake();
         }
@@ -41,7 +47,11 @@ impl Signal {
 
     /// Waits until the level is at least `level`.
     pub fn reached(&self, level: u8) -> Reached {
-        Reached { inner: self.inner.clone(), level, slot: None }
+        Reached {
+            inner: self.inner.clone(),
+            level,
+            slot: None,
+        }
     }
 }
 
@@ -72,7 +82,10 @@ impl Future for Reached {
             }
         };
         let mut waiting = self.inner.waiting.borrow_mut();
-        if !waiting[slot].as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+        if !waiting[slot]
+            .as_ref()
+            .is_some_and(|waker| waker.will_wake(cx.waker()))
+        {
             waiting[slot] = Some(cx.waker().clone());
         }
         Poll::Pending

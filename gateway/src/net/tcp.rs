@@ -99,8 +99,14 @@ impl Sock {
     /// Takes what has arrived. `None`: nothing yet; `Some(0)`: the peer has ended its side.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         // SAFETY: the pointer and the length are those of `buffer`, which lives over the call.
-        let got =
-            unsafe { libc::recv(self.fd, buffer.as_mut_ptr().cast(), buffer.len(), libc::MSG_DONTWAIT) };
+        let got = unsafe {
+            libc::recv(
+                self.fd,
+                buffer.as_mut_ptr().cast(),
+                buffer.len(),
+                libc::MSG_DONTWAIT,
+            )
+        };
         settle(got)
     }
 
@@ -110,7 +116,12 @@ impl Sock {
         let mut byte = 0_u8;
         // SAFETY: one byte is written at most, into a local that lives over the call.
         let got = unsafe {
-            libc::recv(self.fd, (&raw mut byte).cast(), 1, libc::MSG_DONTWAIT | libc::MSG_PEEK)
+            libc::recv(
+                self.fd,
+                (&raw mut byte).cast(),
+                1,
+                libc::MSG_DONTWAIT | libc::MSG_PEEK,
+            )
         };
         match settle(got) {
             Ok(None) => None,

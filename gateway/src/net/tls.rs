@@ -26,8 +26,9 @@ pub fn server_config(tls: &Tls) -> anyhow::Result<Arc<ServerConfig>> {
         Tls::Several(several) => several.as_slice(),
     };
     let resolver = Resolver::load(certificates)?;
-    let mut config =
-        ServerConfig::builder().with_no_client_auth().with_cert_resolver(Arc::new(resolver));
+    let mut config = ServerConfig::builder()
+        .with_no_client_auth()
+        .with_cert_resolver(Arc::new(resolver));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()?;
     // Stateless tickets carry the session; a shared session cache would be a lock between cores.
@@ -46,7 +47,9 @@ pub fn client_config(ca: Option<&Path>) -> anyhow::Result<Arc<ClientConfig>> {
     match ca {
         Some(path) => {
             for certificate in CertificateDer::pem_file_iter(path).with_context(|| at(path))? {
-                roots.add(certificate.with_context(|| at(path))?).with_context(|| at(path))?;
+                roots
+                    .add(certificate.with_context(|| at(path))?)
+                    .with_context(|| at(path))?;
             }
         }
         None => {
@@ -57,10 +60,14 @@ pub fn client_config(ca: Option<&Path>) -> anyhow::Result<Arc<ClientConfig>> {
     if roots.is_empty() {
         match ca {
             Some(path) => bail!("{} holds no certificate", path.display()),
-            None => bail!("the system has no root certificates (Debian: install ca-certificates, or set `ca`)"),
+            None => {
+                bail!("the system has no root certificates (Debian: install ca-certificates, or set `ca`)")
+            }
         }
     }
-    let mut config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    let mut config = ClientConfig::builder()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(Arc::new(config))
 }
@@ -97,10 +104,21 @@ impl Resolver {
 
 impl ResolvesServerCert for Resolver {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        let Some(name) = hello.server_name() else { return Some(self.default.clone()) };
+        let Some(name) = hello.server_name() else {
+            return Some(self.default.clone());
+        };
         let name = name.to_ascii_lowercase();
-        let wildcard = || name.split_once('.').and_then(|(_, rest)| self.by_name.get(&format!("*.{rest}")));
-        Some(self.by_name.get(&name).or_else(wildcard).unwrap_or(&self.default).clone())
+        let wildcard = || {
+            name.split_once('.')
+                .and_then(|(_, rest)| self.by_name.get(&format!("*.{rest}")))
+        };
+        Some(
+            self.by_name
+                .get(&name)
+                .or_else(wildcard)
+                .unwrap_or(&self.default)
+                .clone(),
+        )
     }
 }
 
@@ -137,7 +155,11 @@ mod tests {
 
     #[test]
     fn names_of_a_certificate() {
-        let names = vec!["A.example".to_string(), "*.b.example".to_string(), "127.0.0.1".to_string()];
+        let names = vec![
+            "A.example".to_string(),
+            "*.b.example".to_string(),
+            "127.0.0.1".to_string(),
+        ];
         let made = rcgen::generate_simple_self_signed(names).expect("certificate");
         assert_eq!(dns_names(made.cert.der()), ["a.example", "*.b.example"]);
     }

@@ -44,7 +44,11 @@ impl Rate {
         let used_ns = arrival_ns.saturating_sub(now_ns);
         let free_ns = self.window_ns.saturating_sub(used_ns);
         let remaining = u128::from(free_ns) * u128::from(self.amount) / u128::from(self.window_ns);
-        Standing { remaining: remaining as u64, reset_ns: used_ns, retry_after_ns: 0 }
+        Standing {
+            remaining: remaining as u64,
+            reset_ns: used_ns,
+            retry_after_ns: 0,
+        }
     }
 }
 
@@ -62,7 +66,10 @@ impl Level {
                 return Err(standing);
             }
             // Relaxed is enough: the word guards no other memory, and the swap itself is the check.
-            match self.0.compare_exchange_weak(arrival_ns, after_ns, Ordering::Relaxed, Ordering::Relaxed) {
+            match self
+                .0
+                .compare_exchange_weak(arrival_ns, after_ns, Ordering::Relaxed, Ordering::Relaxed)
+            {
                 Ok(_) => return Ok(rate.standing(after_ns, now_ns)),
                 Err(seen) => arrival_ns = seen,
             }
@@ -77,7 +84,10 @@ impl Level {
             let mut arrival_ns = self.0.load(Ordering::Relaxed);
             loop {
                 let after_ns = arrival_ns.max(now_ns).saturating_add(more_ns);
-                match self.0.compare_exchange_weak(arrival_ns, after_ns, Ordering::Relaxed, Ordering::Relaxed) {
+                match self
+                    .0
+                    .compare_exchange_weak(arrival_ns, after_ns, Ordering::Relaxed, Ordering::Relaxed)
+                {
                     Ok(_) => return,
                     Err(seen) => arrival_ns = seen,
                 }
@@ -105,12 +115,21 @@ mod tests {
 
     #[test]
     fn grants_the_burst_then_refuses_then_earns_back() {
-        let (level, rate) = (Level::default(), Rate { amount: 10, window_ns: MINUTE });
+        let (level, rate) = (
+            Level::default(),
+            Rate {
+                amount: 10,
+                window_ns: MINUTE,
+            },
+        );
         for left in (0..10).rev() {
             assert_eq!(level.reserve(&rate, 1, NOW).expect("room").remaining, left);
         }
         let refused = level.reserve(&rate, 1, NOW).expect_err("empty");
-        assert_eq!((refused.remaining, refused.retry_after_ns, refused.reset_ns), (0, MINUTE / 10, MINUTE));
+        assert_eq!(
+            (refused.remaining, refused.retry_after_ns, refused.reset_ns),
+            (0, MINUTE / 10, MINUTE)
+        );
         assert!(level.reserve(&rate, 1, NOW + MINUTE / 10).is_ok());
         assert!(level.reserve(&rate, 1, NOW + MINUTE / 10).is_err());
         assert!(level.reserve(&rate, 10, NOW + 3 * MINUTE).is_ok());
@@ -118,7 +137,13 @@ mod tests {
 
     #[test]
     fn settles_both_ways() {
-        let (level, rate) = (Level::default(), Rate { amount: 100, window_ns: MINUTE });
+        let (level, rate) = (
+            Level::default(),
+            Rate {
+                amount: 100,
+                window_ns: MINUTE,
+            },
+        );
         level.reserve(&rate, 80, NOW).expect("room");
         level.settle(&rate, 80, 30, NOW);
         assert_eq!(level.standing(&rate, NOW).remaining, 70);
@@ -133,7 +158,13 @@ mod tests {
 
     #[test]
     fn many_threads_never_take_more_than_there_is() {
-        let (level, rate) = (Level::default(), Rate { amount: 10_000, window_ns: MINUTE });
+        let (level, rate) = (
+            Level::default(),
+            Rate {
+                amount: 10_000,
+                window_ns: MINUTE,
+            },
+        );
         let granted = Count::new(0);
         std::thread::scope(|scope| {
             for thread in 0..64_u64 {

@@ -108,7 +108,10 @@ impl Table {
             }
             for (unit, amount) in [(Unit::Requests, limit.requests), (Unit::Tokens, limit.tokens)] {
                 let Some(amount) = amount else { continue };
-                let rate = Rate { amount: amount.max(1), window_ns: limit.every.0.as_nanos() as u64 };
+                let rate = Rate {
+                    amount: amount.max(1),
+                    window_ns: limit.every.0.as_nanos() as u64,
+                };
                 bounds.push(Bound {
                     unit,
                     rate,
@@ -127,12 +130,7 @@ impl Table {
         let matches = &limit.matches;
         let identity = format!(
             "{:?} {:?} {:?} {:?} {:?} {}",
-            matches.key,
-            matches.team,
-            matches.model,
-            limit.every,
-            unit,
-            key.name,
+            matches.key, matches.team, matches.model, limit.every, unit, key.name,
         );
         self.levels.entry(identity).or_default().clone()
     }
@@ -146,12 +144,18 @@ impl Table {
 fn applies(limit: &Limit, key: &Key) -> bool {
     let matches = &limit.matches;
     matches.key.as_ref().is_none_or(|name| *name == key.name)
-        && matches.team.as_ref().is_none_or(|team| Some(team) == key.team.as_ref())
+        && matches
+            .team
+            .as_ref()
+            .is_none_or(|team| Some(team) == key.team.as_ref())
 }
 
 /// Reserves against all bounds that concern `model`, all or nothing.
 pub fn admit(bounds: &[Bound], model: &str, estimate: &Estimate, now_ns: u64) -> Result<Admission, Denied> {
-    let mut admission = Admission { reservation: Reservation::default(), report: Report::default() };
+    let mut admission = Admission {
+        reservation: Reservation::default(),
+        report: Report::default(),
+    };
     for bound in bounds {
         if bound.model.as_deref().is_some_and(|only| only != model) {
             continue;
@@ -188,7 +192,11 @@ pub fn admit(bounds: &[Bound], model: &str, estimate: &Estimate, now_ns: u64) ->
 
 fn tokens_asked(estimate: &Estimate, amount: u64) -> u64 {
     let whole = estimate.input.saturating_add(estimate.output);
-    if estimate.output_is_explicit || estimate.input > amount { whole } else { whole.min(amount) }
+    if estimate.output_is_explicit || estimate.input > amount {
+        whole
+    } else {
+        whole.min(amount)
+    }
 }
 
 impl Report {
@@ -224,24 +232,44 @@ impl Reservation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{schema::{Match, Per}, units::Span};
+    use crate::config::{
+        schema::{Match, Per},
+        units::Span,
+    };
 
     const NOW: u64 = 10_000_000_000_000;
 
     fn key(name: &str, team: Option<&str>) -> Key {
-        Key { name: name.into(), sha256: String::new(), team: team.map(Into::into), models: None }
+        Key {
+            name: name.into(),
+            sha256: String::new(),
+            team: team.map(Into::into),
+            models: None,
+        }
     }
 
     fn limit(matches: Match, requests: Option<u64>, tokens: Option<u64>) -> Limit {
-        Limit { matches, per: Per::Key, requests, tokens, every: Span::secs(60) }
+        Limit {
+            matches,
+            per: Per::Key,
+            requests,
+            tokens,
+            every: Span::secs(60),
+        }
     }
 
     fn config(limits: Vec<Limit>) -> Config {
         let text = "listeners: [{ address: 127.0.0.1:0 }]";
-        Config { limits, ..serde_saphyr::from_str(text).expect("a configuration") }
+        let mut config: Config = serde_saphyr::from_str(text).expect("a configuration");
+        config.limits = limits;
+        config
     }
 
-    const SMALL: Estimate = Estimate { input: 10, output: 10, output_is_explicit: true };
+    const SMALL: Estimate = Estimate {
+        input: 10,
+        output: 10,
+        output_is_explicit: true,
+    };
 
     #[test]
     fn all_or_nothing() {
@@ -250,13 +278,20 @@ mod tests {
             limit(Match::default(), None, Some(30)),
         ]);
         let bounds = Table::default().bounds(&config, &key("a", None));
-        let first = admit(&bounds, "m", &SMALL, NOW).map_err(|denied| denied.name).expect("room");
+        let first = admit(&bounds, "m", &SMALL, NOW)
+            .map_err(|denied| denied.name)
+            .expect("room");
         let denied = admit(&bounds, "m", &SMALL, NOW).err().expect("no tokens left");
-        assert_eq!((denied.unit, denied.name.as_ref(), denied.never), (Unit::Tokens, "limits[1]", false));
+        assert_eq!(
+            (denied.unit, denied.name.as_ref(), denied.never),
+            (Unit::Tokens, "limits[1]", false)
+        );
         // The second try gave its request back: one is still there.
         assert_eq!(first.report.requests.expect("a limit").1.remaining, 1);
         first.reservation.settle(5, NOW);
-        let second = admit(&bounds, "m", &SMALL, NOW).map_err(|denied| denied.name).expect("room");
+        let second = admit(&bounds, "m", &SMALL, NOW)
+            .map_err(|denied| denied.name)
+            .expect("room");
         assert_eq!(second.report.requests.expect("a limit").1.remaining, 0);
         assert_eq!(second.report.tokens.expect("a limit").1.remaining, 5);
         second.reservation.settle(20, NOW);
@@ -276,8 +311,14 @@ mod tests {
         ]);
         let mut table = Table::default();
         let names = |bounds: &[Bound]| bounds.iter().map(|b| b.name.to_string()).collect::<Vec<_>>();
-        assert_eq!(names(&table.bounds(&config, &key("a", None))), ["limits[0]", "limits[2]"]);
-        assert_eq!(names(&table.bounds(&config, &key("b", Some("t")))), ["limits[1]", "limits[2]"]);
+        assert_eq!(
+            names(&table.bounds(&config, &key("a", None))),
+            ["limits[0]", "limits[2]"]
+        );
+        assert_eq!(
+            names(&table.bounds(&config, &key("b", Some("t")))),
+            ["limits[1]", "limits[2]"]
+        );
         let only_model = table.bounds(&config, &key("c", None));
         assert!(admit(&only_model, "m", &SMALL, NOW).is_ok());
         assert!(admit(&only_model, "m", &SMALL, NOW).is_err());
@@ -288,8 +329,15 @@ mod tests {
     fn an_implicit_output_shrinks_to_the_limit_and_an_explicit_one_does_not() {
         let config = config(vec![limit(Match::default(), None, Some(1_000))]);
         let bounds = Table::default().bounds(&config, &key("a", None));
-        let implicit = Estimate { input: 10, output: 4_096, output_is_explicit: false };
-        let explicit = Estimate { output_is_explicit: true, ..implicit };
+        let implicit = Estimate {
+            input: 10,
+            output: 4_096,
+            output_is_explicit: false,
+        };
+        let explicit = Estimate {
+            output_is_explicit: true,
+            ..implicit
+        };
         assert!(admit(&bounds, "m", &explicit, NOW).is_err_and(|denied| denied.never));
         assert!(admit(&bounds, "m", &implicit, NOW).is_ok());
     }

@@ -46,7 +46,11 @@ const COUNT_MASK: u64 = (1 << 16) - 1;
 
 impl Slot {
     fn unpack(word: u64) -> Slot {
-        Slot { tag: word >> 40, count: (word >> 24) & COUNT_MASK, start: word & START_MASK }
+        Slot {
+            tag: word >> 40,
+            count: (word >> 24) & COUNT_MASK,
+            start: word & START_MASK,
+        }
     }
 
     fn pack(&self) -> u64 {
@@ -84,7 +88,11 @@ impl Refusals {
             let mut next = Slot::unpack(word);
             let age = now.wrapping_sub(next.start) & START_MASK;
             if next.tag != tag || age > within {
-                next = Slot { tag, count: 0, start: now };
+                next = Slot {
+                    tag,
+                    count: 0,
+                    start: now,
+                };
             }
             next.count += 1;
             let offends = next.count >= u64::from(rule.after).min(COUNT_MASK);
@@ -121,7 +129,10 @@ impl Refusals {
 mod tests {
     use super::*;
 
-    const RULE: Rule = Rule { after: 3, within: Duration::from_secs(10) };
+    const RULE: Rule = Rule {
+        after: 3,
+        within: Duration::from_secs(10),
+    };
     const SECOND: u64 = 1_000_000_000;
 
     fn client(n: u8) -> IpAddr {

@@ -141,7 +141,9 @@ impl Account {
     /// Closes the account: trues up the limits, writes the record, counts. To be called before the last byte of
     /// the answer leaves. The first call counts.
     pub fn settle(&mut self, outcome: Outcome, usage: Usage, estimated: bool) {
-        let Some(reservation) = self.reservation.take() else { return };
+        let Some(reservation) = self.reservation.take() else {
+            return;
+        };
         let now_ns = clock::monotonic_ns();
         self.record.outcome = outcome;
         self.record.usage = usage;
@@ -210,7 +212,10 @@ impl Drop for Account {
     fn drop(&mut self) {
         // Only a request that was given up in the middle gets here unsettled: by the end of the core, or by a panic.
         if !self.is_settled() {
-            let usage = Usage { prompt: self.input_estimated, ..Usage::default() };
+            let usage = Usage {
+                prompt: self.input_estimated,
+                ..Usage::default()
+            };
             self.settle(Outcome::Stopped, usage, true);
         }
         self.core.accounts_open.set(self.core.accounts_open.get() - 1);

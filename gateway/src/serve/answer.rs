@@ -49,8 +49,14 @@ pub fn denied(refusal: &Error, denied: &Denied, dialect: Dialect, head: Head) ->
     }
     let standing = Some((denied.rate, denied.standing));
     let report = match denied.unit {
-        Unit::Requests => Report { requests: standing, tokens: None },
-        Unit::Tokens => Report { requests: None, tokens: standing },
+        Unit::Requests => Report {
+            requests: standing,
+            tokens: None,
+        },
+        Unit::Tokens => Report {
+            requests: None,
+            tokens: standing,
+        },
     };
     rate_limit(&mut out, &report);
     finish_json(out, head, &body)
@@ -103,7 +109,8 @@ fn is_withheld(name: &[u8]) -> bool {
         "via",
     ];
     let is = |other: &str| name.eq_ignore_ascii_case(other.as_bytes());
-    let starts = |prefix: &[u8]| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix);
+    let starts =
+        |prefix: &[u8]| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix);
     WITHHELD.into_iter().any(is) || starts(b"x-ratelimit-") || starts(b"anthropic-ratelimit-")
 }
 

@@ -30,7 +30,11 @@ pub struct Body {
 impl Body {
     /// An empty body.
     pub fn empty(core: &Rc<Core>) -> Body {
-        Body { bytes: Vec::new(), counted: 0, core: core.clone() }
+        Body {
+            bytes: Vec::new(),
+            counted: 0,
+            core: core.clone(),
+        }
     }
 
     /// What was received.
@@ -52,7 +56,10 @@ impl Body {
         let in_flight = self.core.bodies_bytes.get() + (target - self.counted);
         if in_flight > bodies_max {
             let full = "the gateway holds too many request bodies; try again";
-            return Err(Error { retry_after_s: Some(RETRY_AFTER_S), ..Error::new(Kind::Overloaded, full) });
+            return Err(Error {
+                retry_after_s: Some(RETRY_AFTER_S),
+                ..Error::new(Kind::Overloaded, full)
+            });
         }
         self.core.bodies_bytes.set(in_flight);
         self.counted = target;
@@ -63,7 +70,9 @@ impl Body {
 
 impl Drop for Body {
     fn drop(&mut self) {
-        self.core.bodies_bytes.set(self.core.bodies_bytes.get() - self.counted);
+        self.core
+            .bodies_bytes
+            .set(self.core.bodies_bytes.get() - self.counted);
     }
 }
 
@@ -96,17 +105,32 @@ pub async fn receive(client: &mut Client, core: &Rc<Core>) -> Result<Body, Faile
     client.inbuf.drain(..client.head.len);
     if client.head.expect_continue && client.head.version == Version::Http11 && client.inbuf.is_empty() {
         let interim = b"HTTP/1.1 100 Continue\r\n\r\n";
-        client.conn.write_all(interim, client.stall).await.map_err(|_| Failed::Gone)?;
+        client
+            .conn
+            .write_all(interim, client.stall)
+            .await
+            .map_err(|_| Failed::Gone)?;
     }
     let bounds = (http.body_bytes_max, http.bodies_bytes_max);
     match client.head.framing {
         Framing::None => {}
         Framing::Length(length) => {
-            receive_length(client, core, &mut body, length as usize, bounds, http.body_timeout).await?;
+            receive_length(
+                client,
+                core,
+                &mut body,
+                length as usize,
+                bounds,
+                http.body_timeout,
+            )
+            .await?;
         }
         Framing::Chunked => receive_chunked(client, core, &mut body, bounds, http.body_timeout).await?,
     }
-    core.telemetry.counters().bytes_from_clients.add(body.bytes.len() as u64);
+    core.telemetry
+        .counters()
+        .bytes_from_clients
+        .add(body.bytes.len() as u64);
     Ok(body)
 }
 
@@ -125,7 +149,10 @@ async fn receive_length(
         let got = {
             let scratch = &mut *core.scratch();
             let room = scratch.len().min(length - body.bytes.len());
-            let got = client.conn.try_read(&mut scratch[..room]).map_err(|_| Failed::Gone)?;
+            let got = client
+                .conn
+                .try_read(&mut scratch[..room])
+                .map_err(|_| Failed::Gone)?;
             if let Some(n) = got {
                 body.reserve(n, body_max, bodies_max)?;
                 body.bytes.extend_from_slice(&scratch[..n]);
@@ -150,7 +177,10 @@ async fn receive_chunked(
 ) -> Result<(), Failed> {
     let mut decoder = ChunkedDecoder::new();
     let malformed = |error: crate::http::chunked::ChunkError| {
-        Failed::Error(Error::new(Kind::BadRequest, format!("malformed chunked body: {error}")))
+        Failed::Error(Error::new(
+            Kind::BadRequest,
+            format!("malformed chunked body: {error}"),
+        ))
     };
     loop {
         if !client.inbuf.is_empty() {

@@ -84,8 +84,13 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
         },
     };
     let ip = peer.ip().to_canonical();
-    let mut client =
-        Client { conn, ip, inbuf: Vec::new(), head: RequestHead::new(), stall: http.write_timeout };
+    let mut client = Client {
+        conn,
+        ip,
+        inbuf: Vec::new(),
+        head: RequestHead::new(),
+        stall: http.write_timeout,
+    };
     let mut idle = http.head_timeout;
     loop {
         match client.await_head(&core, idle, http.head_timeout).await {
@@ -206,7 +211,10 @@ impl Client {
 
     /// Answers a head that is no request, and closes.
     async fn refuse_head(&mut self, core: &Rc<Core>, error: &Error) {
-        let head = answer::Head { keep_alive: false, ..answer::Head::default() };
+        let head = answer::Head {
+            keep_alive: false,
+            ..answer::Head::default()
+        };
         let bytes = answer::error(error, Dialect::OpenAi, head);
         core.note_refusal(self.ip, error);
         if self.conn.write_all(&bytes, self.stall).await.is_ok() {

@@ -48,7 +48,9 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     for (place, &index) in targets.iter().enumerate() {
         let target = &order.model.targets[index];
         while attempts < ATTEMPTS_MAX {
-            let Some(endpoint) = choose(core, order.model, target, &tried) else { break };
+            let Some(endpoint) = choose(core, order.model, target, &tried) else {
+                break;
+            };
             tried.push(endpoint.id);
             account.target(target, attempts, place > 0);
             attempts += 1;
@@ -71,8 +73,14 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
         return Ok(upstream);
     }
     Err(match failed {
-        Failed::Broken => Error::new(Kind::UpstreamBroken, "the model's upstream broke off before it answered"),
-        _ => Error::new(Kind::UpstreamUnreachable, "no upstream of the model could be reached"),
+        Failed::Broken => Error::new(
+            Kind::UpstreamBroken,
+            "the model's upstream broke off before it answered",
+        ),
+        _ => Error::new(
+            Kind::UpstreamUnreachable,
+            "no upstream of the model could be reached",
+        ),
     })
 }
 
@@ -84,7 +92,15 @@ fn asks_for_another(status: u16) -> bool {
 fn choose(core: &Core, model: &Model, target: &Target, tried: &[u64]) -> Option<Arc<Endpoint>> {
     let now_ns = clock::monotonic_ns();
     let pool = core.pool.borrow();
-    route::endpoint(&target.provider.endpoints, model.balance, &pool, tried, core.turn(), now_ns).cloned()
+    route::endpoint(
+        &target.provider.endpoints,
+        model.balance,
+        &pool,
+        tried,
+        core.turn(),
+        now_ns,
+    )
+    .cloned()
 }
 
 /// One endpoint's turn. A kept connection that turns out to be closed costs no attempt: the request goes again, once,
@@ -101,7 +117,9 @@ async fn attempt(
     if let Some(conn) = kept {
         core.telemetry.counters().upstream_reuses.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
-        result = exchange(order, target, &mut upstream, account).await.map(|()| upstream);
+        result = exchange(order, target, &mut upstream, account)
+            .await
+            .map(|()| upstream);
         match result {
             Err(Failed::Unreachable) => core.telemetry.counters().upstream_retries.inc(),
             _ => return note(core, endpoint, result),
@@ -110,7 +128,9 @@ async fn attempt(
     if let Some(conn) = connect(core, endpoint, order.model.timeouts.connect).await {
         core.telemetry.counters().upstream_connects.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
-        result = exchange(order, target, &mut upstream, account).await.map(|()| upstream);
+        result = exchange(order, target, &mut upstream, account)
+            .await
+            .map(|()| upstream);
     } else {
         core.telemetry.counters().upstream_connect_failures.inc();
     }
@@ -142,7 +162,9 @@ async fn connect(core: &Rc<Core>, endpoint: &Endpoint, time: Duration) -> Option
                 continue;
             }
         };
-        let Some(config) = &endpoint.tls else { return Some(Conn::plain(sock)) };
+        let Some(config) = &endpoint.tls else {
+            return Some(Conn::plain(sock));
+        };
         let session = tls::client_session(config, &endpoint.url.host).ok()?;
         match Conn::tls(sock, session, time).await {
             Ok(conn) => return Some(conn),
@@ -162,18 +184,30 @@ async fn exchange(
     let pieces = order.call.pieces(order.body, &target.model_json);
     let body_bytes = pieces.iter().map(|piece| piece.len()).sum();
     let authorization = target.provider.authorization.as_ref();
-    let head =
-        upstream::request_head(&upstream.endpoint, order.api, authorization, order.id, order.fields, body_bytes);
+    let head = upstream::request_head(
+        &upstream.endpoint,
+        order.api,
+        authorization,
+        order.id,
+        order.fields,
+        body_bytes,
+    );
     let [a, b, c, d, e] = pieces;
     let timeouts = &order.model.timeouts;
     // An upstream that refuses early (413, 401) may close before it has read everything: its answer counts.
     let sent = upstream.send(&[&head, a, b, c, d, e], timeouts.idle).await;
     account.dispatched();
     // A stream's head comes at once or with its first token; a whole answer's when all tokens are there.
-    let time = if order.call.stream { timeouts.first_token } else { timeouts.total };
+    let time = if order.call.stream {
+        timeouts.first_token
+    } else {
+        timeouts.total
+    };
     match race(upstream.receive_head(), sleep(time)).await {
         Either::First(Ok(())) => Ok(()),
-        Either::First(Err(Broken::Cut)) if sent.is_err() || upstream.received.is_empty() => Err(Failed::Unreachable),
+        Either::First(Err(Broken::Cut)) if sent.is_err() || upstream.received.is_empty() => {
+            Err(Failed::Unreachable)
+        }
         Either::First(Err(_)) => Err(Failed::Broken),
         Either::Second(()) => Err(Failed::TimedOut),
     }

@@ -65,14 +65,25 @@ pub async fn run(
 }
 
 fn content_type(upstream: &Upstream) -> &[u8] {
-    upstream.head.field(&upstream.received, "content-type").unwrap_or_default()
+    upstream
+        .head
+        .field(&upstream.received, "content-type")
+        .unwrap_or_default()
 }
 
 /// The provider refuses the operator's credential. Its answer may quote the credential or name the account, so
 /// the client gets ours.
-async fn refused_credential(client: &mut Client, upstream: Upstream, mut account: Account, terms: &Terms) -> Next {
+async fn refused_credential(
+    client: &mut Client,
+    upstream: Upstream,
+    mut account: Account,
+    terms: &Terms,
+) -> Next {
     let message = "the provider refused the gateway's credential; this is for the gateway's operator to mend";
-    let error = Error { code: Some("upstream_unauthorized"), ..Error::new(Kind::UpstreamBroken, message) };
+    let error = Error {
+        code: Some("upstream_unauthorized"),
+        ..Error::new(Kind::UpstreamBroken, message)
+    };
     tracing::error!(
         endpoint = upstream.endpoint.authority,
         status = upstream.head.status,
@@ -99,7 +110,10 @@ impl Failure {
         match self {
             Failure::Upstream(Broken::Cut) => {
                 let message = "the upstream broke off before the end of its answer";
-                Error { code: Some("upstream_cut"), ..Error::new(Kind::UpstreamBroken, message) }
+                Error {
+                    code: Some("upstream_cut"),
+                    ..Error::new(Kind::UpstreamBroken, message)
+                }
             }
             Failure::Upstream(Broken::Malformed) => {
                 Error::new(Kind::UpstreamBroken, "the upstream's answer is malformed")
@@ -107,7 +121,10 @@ impl Failure {
             Failure::Idle => Error::new(Kind::UpstreamTimeout, "the upstream went silent"),
             Failure::Total => {
                 let message = "the answer took longer than the model's total time";
-                Error { code: Some("total_timeout"), ..Error::new(Kind::UpstreamTimeout, message) }
+                Error {
+                    code: Some("total_timeout"),
+                    ..Error::new(Kind::UpstreamTimeout, message)
+                }
             }
             Failure::Stop => Error::new(Kind::Stopping, "the gateway is being stopped"),
         }

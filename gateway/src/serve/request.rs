@@ -133,7 +133,14 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
-    let order = Order { id: request.id, api, model: &model, call: &call, body: body.bytes(), fields: &fields };
+    let order = Order {
+        id: request.id,
+        api,
+        model: &model,
+        call: &call,
+        body: body.bytes(),
+        fields: &fields,
+    };
     let upstream = dispatch(client, core, &order, &mut account).await?;
     let hide_usage = call.hide_usage;
     // A stream may run for minutes; what it was asked with is not needed any more.
@@ -158,7 +165,11 @@ fn begin(client: &Client, core: &Rc<Core>) -> Request {
         id,
         started_ns: clock::monotonic_ns(),
         snapshot: core.snapshot(),
-        dialect: if anthropic { Dialect::Anthropic } else { Dialect::OpenAi },
+        dialect: if anthropic {
+            Dialect::Anthropic
+        } else {
+            Dialect::OpenAi
+        },
         head: answer::Head {
             id: Some(id),
             version: head.version,
@@ -172,7 +183,10 @@ impl Request {
     /// The basis of an answer's head now: a body that was not received to its end closes the connection.
     fn answer(&self, client: &Client) -> answer::Head {
         let at_border = client.head.len == 0;
-        answer::Head { keep_alive: self.head.keep_alive && at_border, ..self.head }
+        answer::Head {
+            keep_alive: self.head.keep_alive && at_border,
+            ..self.head
+        }
     }
 }
 
@@ -195,7 +209,10 @@ fn route(client: &Client) -> Result<Route, Error> {
     };
     match allowed {
         true => Ok(route),
-        false => Err(Error::new(Kind::MethodNotAllowed, "the path does not take this method")),
+        false => Err(Error::new(
+            Kind::MethodNotAllowed,
+            "the path does not take this method",
+        )),
     }
 }
 
@@ -205,12 +222,19 @@ fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key
     let bearer = || {
         let value = field("authorization")?;
         let (scheme, token) = value.split_at_checked(7)?;
-        scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+        scheme
+            .eq_ignore_ascii_case(b"bearer ")
+            .then(|| token.trim_ascii())
     };
-    let secret = bearer().or_else(|| field("x-api-key")).or_else(|| field("x-goog-api-key"));
+    let secret = bearer()
+        .or_else(|| field("x-api-key"))
+        .or_else(|| field("x-goog-api-key"));
     let Some(secret) = secret else {
         let message = "you did not provide an API key; send it as `Authorization: Bearer KEY`";
-        return Err(Error { code: Some("missing_api_key"), ..Error::new(Kind::Unauthenticated, message) });
+        return Err(Error {
+            code: Some("missing_api_key"),
+            ..Error::new(Kind::Unauthenticated, message)
+        });
     };
     let unknown = || Error::new(Kind::Unauthenticated, "incorrect API key provided");
     request.snapshot.key(secret).ok_or_else(unknown)
@@ -241,7 +265,11 @@ fn authorize<'r>(request: &'r Request, key: &Key, call: &Call<'_>) -> Result<&'r
         return Err(Error::new(Kind::Forbidden, "this key may not use this model"));
     }
     let message = "no such model; GET /v1/models lists what this key may use";
-    Err(Error { code: Some("model_not_found"), param: Some("model"), ..Error::new(Kind::NotFound, message) })
+    Err(Error {
+        code: Some("model_not_found"),
+        param: Some("model"),
+        ..Error::new(Kind::NotFound, message)
+    })
 }
 
 /// Reserves what the request may use, and opens its account.
@@ -259,8 +287,15 @@ fn admit(
     if !core.books_are_open() {
         core.telemetry.counters().ledger_full.inc();
         let message = "the gateway cannot record requests now; try again";
-        let error = Error { code: Some("ledger_full"), ..Error::new(Kind::Overloaded, message) };
-        return Err(Error { retry_after_s: Some(RETRY_AFTER_S), ..error }.into());
+        let error = Error {
+            code: Some("ledger_full"),
+            ..Error::new(Kind::Overloaded, message)
+        };
+        return Err(Error {
+            retry_after_s: Some(RETRY_AFTER_S),
+            ..error
+        }
+        .into());
     }
     let output = match api {
         Api::Embeddings => 0,
@@ -300,14 +335,20 @@ fn limit_error(denied: &Denied) -> Error {
              lower max_tokens",
             denied.name
         );
-        return Error { code: Some("request_over_limit"), ..Error::new(Kind::RateLimited, message) };
+        return Error {
+            code: Some("request_over_limit"),
+            ..Error::new(Kind::RateLimited, message)
+        };
     }
     let message = format!(
         "rate limit reached for {unit} ({}): {amount} per {window_s} s, {} left, {asked} asked",
         denied.name, denied.standing.remaining
     );
     let seconds = denied.standing.retry_after_ns.div_ceil(1_000_000_000);
-    Error { retry_after_s: Some(seconds), ..Error::new(Kind::RateLimited, message) }
+    Error {
+        retry_after_s: Some(seconds),
+        ..Error::new(Kind::RateLimited, message)
+    }
 }
 
 /// Finds an upstream that answers. The client's hang-up, or the gateway's end, ends that at once.
@@ -319,18 +360,25 @@ async fn dispatch(
 ) -> Result<Upstream, Refusal> {
     let ends = race(client.gone(core), core.drain.reached(STOP));
     let dispatched = race(dispatch::run(core, order, account), ends).await;
-    let prompt_only = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    let prompt_only = Usage {
+        prompt: account.input_estimated(),
+        ..Usage::default()
+    };
     let (error, outcome, usage) = match dispatched {
         Either::First(Ok(upstream)) => return Ok(upstream),
-        Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => (error, Outcome::TimedOut, prompt_only),
+        Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => {
+            (error, Outcome::TimedOut, prompt_only)
+        }
         Either::First(Err(error)) => (error, Outcome::UpstreamFailed, Usage::default()),
         Either::Second(Either::First(())) => {
             account.settle(Outcome::ClientGone, prompt_only, true);
             return Err(Refusal::Gone);
         }
-        Either::Second(Either::Second(())) => {
-            (Error::new(Kind::Stopping, "the gateway is being stopped"), Outcome::Stopped, prompt_only)
-        }
+        Either::Second(Either::Second(())) => (
+            Error::new(Kind::Stopping, "the gateway is being stopped"),
+            Outcome::Stopped,
+            prompt_only,
+        ),
     };
     account.answering(error.status(), false);
     account.error(error.code());
@@ -339,7 +387,13 @@ async fn dispatch(
 }
 
 /// An answer of the gateway's own.
-async fn own_answer(client: &mut Client, core: &Rc<Core>, request: &Request, status: u16, body: &[u8]) -> Next {
+async fn own_answer(
+    client: &mut Client,
+    core: &Rc<Core>,
+    request: &Request,
+    status: u16,
+    body: &[u8],
+) -> Next {
     consume_bodyless(client);
     let head = request.answer(client);
     core.telemetry.counters().response(status);

@@ -81,7 +81,10 @@ impl Snapshot {
     pub fn build(config: &Config, registry: &mut Registry) -> anyhow::Result<Snapshot> {
         let mut providers = HashMap::new();
         for (name, provider) in &config.providers {
-            providers.insert(name.as_str(), Arc::new(registry.endpoints.provider(name, provider)?));
+            providers.insert(
+                name.as_str(),
+                Arc::new(registry.endpoints.provider(name, provider)?),
+            );
         }
         let mut models = HashMap::new();
         for model in &config.models {
@@ -106,7 +109,10 @@ impl Snapshot {
             keys,
             models,
             http: compile_http(&config.http),
-            refusals: Rule { after: config.kernel.drop.after_refusals, within: config.kernel.drop.within.0 },
+            refusals: Rule {
+                after: config.kernel.drop.after_refusals,
+                within: config.kernel.drop.within.0,
+            },
         })
     }
 
@@ -126,8 +132,12 @@ impl Snapshot {
 
     /// The models that a key may use, by name.
     pub fn models_of(&self, key: &Key) -> Vec<&str> {
-        let mut names: Vec<&str> =
-            self.models.values().map(|model| model.name.as_ref()).filter(|name| key.may_use(name)).collect();
+        let mut names: Vec<&str> = self
+            .models
+            .values()
+            .map(|model| model.name.as_ref())
+            .filter(|name| key.may_use(name))
+            .collect();
         names.sort_unstable();
         names
     }
@@ -136,7 +146,9 @@ impl Snapshot {
 impl Key {
     /// Whether the key may use a model.
     pub fn may_use(&self, model: &str) -> bool {
-        self.models.as_ref().is_none_or(|models| models.iter().any(|allowed| allowed == model))
+        self.models
+            .as_ref()
+            .is_none_or(|models| models.iter().any(|allowed| allowed == model))
     }
 }
 

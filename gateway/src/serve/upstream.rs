@@ -55,8 +55,12 @@ fn is_kept_back(name: &[u8]) -> bool {
         "referer",
         "via",
     ];
-    let starts = |prefix: &[u8]| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix);
-    KEPT_BACK.into_iter().any(|other| name.eq_ignore_ascii_case(other.as_bytes())) || starts(b"x-forwarded-")
+    let starts =
+        |prefix: &[u8]| name.len() >= prefix.len() && name[..prefix.len()].eq_ignore_ascii_case(prefix);
+    KEPT_BACK
+        .into_iter()
+        .any(|other| name.eq_ignore_ascii_case(other.as_bytes()))
+        || starts(b"x-forwarded-")
 }
 
 /// The head of the request to an endpoint.
@@ -136,7 +140,9 @@ impl Upstream {
 
     /// The connection.
     pub fn conn(&mut self) -> io::Result<&mut Conn> {
-        self.conn.as_mut().ok_or_else(|| io::ErrorKind::NotConnected.into())
+        self.conn
+            .as_mut()
+            .ok_or_else(|| io::ErrorKind::NotConnected.into())
     }
 
     /// Receives the head of the answer; interim answers (1xx) are passed over.
@@ -184,10 +190,18 @@ impl Upstream {
             BodyEnd::Length(left) => {
                 let take = usize::try_from(*left).unwrap_or(usize::MAX).min(bytes.len());
                 *left -= take as u64;
-                Ok(Decoded { payload: 0..take, consumed: take, done: *left == 0 })
+                Ok(Decoded {
+                    payload: 0..take,
+                    consumed: take,
+                    done: *left == 0,
+                })
             }
             BodyEnd::Chunked(decoder) => decoder.decode(bytes).map_err(|_| Broken::Malformed),
-            BodyEnd::UntilClose => Ok(Decoded { payload: 0..bytes.len(), consumed: bytes.len(), done: false }),
+            BodyEnd::UntilClose => Ok(Decoded {
+                payload: 0..bytes.len(),
+                consumed: bytes.len(),
+                done: false,
+            }),
         }
     }
 

@@ -167,7 +167,11 @@ impl Stream<'_> {
 
     /// Sends the head, together with what came behind the upstream's.
     fn begin(&mut self) -> Came {
-        let framing = if self.chunked { Framing::Chunked } else { Framing::UntilClose };
+        let framing = if self.chunked {
+            Framing::Chunked
+        } else {
+            Framing::UntilClose
+        };
         let mut head = self.terms.head;
         head.keep_alive &= self.chunked;
         self.terms.head = head;
@@ -193,13 +197,18 @@ impl Stream<'_> {
         timer: &mut Timer,
         mut stop: Pin<&mut Reached>,
     ) -> Woken {
-        let Ok(conn) = self.upstream.conn() else { return Woken::Upstream };
+        let Ok(conn) = self.upstream.conn() else {
+            return Woken::Upstream;
+        };
         let mut upstream = pin!(conn.readable());
         std::future::poll_fn(|cx| {
             if upstream.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Woken::Upstream);
             }
-            if client.as_mut().is_some_and(|client| client.as_mut().poll(cx).is_ready()) {
+            if client
+                .as_mut()
+                .is_some_and(|client| client.as_mut().poll(cx).is_ready())
+            {
                 return Poll::Ready(Woken::Client);
             }
             if timer.poll(cx).is_ready() {
@@ -214,7 +223,9 @@ impl Stream<'_> {
     fn read(&mut self) -> Came {
         let core = self.core.clone();
         let scratch = &mut *core.scratch();
-        let Ok(conn) = self.upstream.conn() else { return Came::Failed(Failure::Upstream(Broken::Cut)) };
+        let Ok(conn) = self.upstream.conn() else {
+            return Came::Failed(Failure::Upstream(Broken::Cut));
+        };
         match conn.try_read(&mut scratch[READ_FROM..READ_TO]) {
             Ok(None) => Came::More,
             Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(),
@@ -234,12 +245,17 @@ impl Stream<'_> {
         let kept = self.meter.feed(&mut scratch[payload.clone()]);
         let kept = payload.start + kept.start..payload.start + kept.end;
         self.note_time(!decoded.payload.is_empty(), self.meter.seen.events - events);
-        let rest = if decoded.done { self.meter.finish() } else { Vec::new() };
+        let rest = if decoded.done {
+            self.meter.finish()
+        } else {
+            Vec::new()
+        };
         if decoded.done || self.meter.seen.done {
             // The client may take the last event for the end, so the books are closed before it leaves.
             self.settle(self.finished());
         }
-        self.account.sent(self.meter.ready().len() + kept.len() + rest.len());
+        self.account
+            .sent(self.meter.ready().len() + kept.len() + rest.len());
         let left_over = decoded.consumed < n;
         let sent = self.send(scratch, kept, &rest, decoded.done);
         match (sent, decoded.done) {
@@ -261,11 +277,19 @@ impl Stream<'_> {
         let slices: [&[u8]; 8] = if self.chunked {
             let part = frame_in_place(scratch, part);
             [
-                if ready.is_empty() { none } else { write_chunk_head(ready.len(), &mut line) },
+                if ready.is_empty() {
+                    none
+                } else {
+                    write_chunk_head(ready.len(), &mut line)
+                },
                 ready,
                 if ready.is_empty() { none } else { CHUNK_END },
                 &scratch[part],
-                if tail.is_empty() { none } else { write_chunk_head(tail.len(), &mut tail_line) },
+                if tail.is_empty() {
+                    none
+                } else {
+                    write_chunk_head(tail.len(), &mut tail_line)
+                },
                 tail,
                 if tail.is_empty() { none } else { CHUNK_END },
                 if end { LAST_CHUNK } else { none },
@@ -324,7 +348,9 @@ impl Stream<'_> {
         if self.last_event_ns == 0 {
             self.account.first_byte(now_ns);
         } else {
-            self.core.telemetry.record_inter_token_us((now_ns - self.last_event_ns) / 1000, events);
+            self.core
+                .telemetry
+                .record_inter_token_us((now_ns - self.last_event_ns) / 1000, events);
         }
         self.last_event_ns = now_ns;
     }
@@ -336,7 +362,10 @@ impl Stream<'_> {
             0 => left(self.terms.timeouts.first_token, now_ns - self.began_ns),
             _ => left(self.terms.timeouts.idle, now_ns - self.last_ns),
         };
-        silence.min(left(self.terms.timeouts.total, now_ns - self.account.started_ns()))
+        silence.min(left(
+            self.terms.timeouts.total,
+            now_ns - self.account.started_ns(),
+        ))
     }
 
     fn overdue(&self) -> Option<Failure> {
@@ -362,7 +391,11 @@ impl Stream<'_> {
     }
 
     fn finished(&self) -> Outcome {
-        if self.meter.seen.failed { Outcome::UpstreamFailed } else { Outcome::Complete }
+        if self.meter.seen.failed {
+            Outcome::UpstreamFailed
+        } else {
+            Outcome::Complete
+        }
     }
 
     /// Closes the account with what the stream has told, or with an estimate of what was delivered.
@@ -383,7 +416,11 @@ impl Stream<'_> {
     }
 
     fn next(&self) -> Next {
-        if self.terms.head.keep_alive { Next::KeepAlive } else { Next::Close }
+        if self.terms.head.keep_alive {
+            Next::KeepAlive
+        } else {
+            Next::Close
+        }
     }
 
     /// Ends a stream that cannot be completed: with an error event, never with what looks like a proper end.

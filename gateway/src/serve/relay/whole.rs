@@ -55,7 +55,18 @@ pub async fn run(
     let rest = head_bytes.split_off(upstream.head.len);
     let mut body = Collected::default();
     let received = match body.take(&mut upstream, rest) {
-        Ok(()) => collect(client, core, &mut upstream, &mut body, &account, &terms, ANSWER_BYTES_MAX).await,
+        Ok(()) => {
+            collect(
+                client,
+                core,
+                &mut upstream,
+                &mut body,
+                &account,
+                &terms,
+                ANSWER_BYTES_MAX,
+            )
+            .await
+        }
         Err(broken) => Err(Ended::Failed(Failure::Upstream(broken))),
     };
     match received {
@@ -67,7 +78,12 @@ pub async fn run(
     if !body.done {
         return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
     }
-    settle(&mut account, upstream.head.status, usage_of(&upstream, &body.bytes, &terms), body.bytes.len());
+    settle(
+        &mut account,
+        upstream.head.status,
+        usage_of(&upstream, &body.bytes, &terms),
+        body.bytes.len(),
+    );
     account.sent(body.bytes.len());
     let framing = Framing::Length(body.bytes.len());
     let mut out = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
@@ -107,7 +123,10 @@ async fn collect(
         while !body.done && body.bytes.len() <= bytes_max {
             let got = {
                 let scratch = &mut *core.scratch();
-                let got = upstream.conn().and_then(|conn| conn.try_read(scratch)).map_err(|_| Broken::Cut)?;
+                let got = upstream
+                    .conn()
+                    .and_then(|conn| conn.try_read(scratch))
+                    .map_err(|_| Broken::Cut)?;
                 if let Some(n @ 1..) = got {
                     body.take_slice(upstream, &mut scratch[..n])?;
                 }
@@ -140,7 +159,11 @@ fn usage_of(upstream: &Upstream, body: &[u8], terms: &Terms) -> Option<Usage> {
 }
 
 fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: usize) {
-    let outcome = if status >= 500 { Outcome::UpstreamFailed } else { Outcome::Complete };
+    let outcome = if status >= 500 {
+        Outcome::UpstreamFailed
+    } else {
+        Outcome::Complete
+    };
     let estimate = || Usage {
         prompt: account.input_estimated(),
         completion: body_bytes as u64 / BYTES_PER_TOKEN,
@@ -157,13 +180,19 @@ async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms
     account.answering(error.status(), false);
     account.error(error.code());
     // The upstream has worked on the input, whatever became of its answer.
-    let usage = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    let usage = Usage {
+        prompt: account.input_estimated(),
+        ..Usage::default()
+    };
     account.settle(failure.outcome(), usage, true);
     finish(client, &answer::error(&error, terms.dialect, terms.head), terms).await
 }
 
 fn client_gone(mut account: Account) -> Next {
-    let usage = Usage { prompt: account.input_estimated(), ..Usage::default() };
+    let usage = Usage {
+        prompt: account.input_estimated(),
+        ..Usage::default()
+    };
     account.settle(Outcome::ClientGone, usage, true);
     Next::Gone
 }
@@ -194,7 +223,12 @@ async fn relay_long(
         append(&mut out, &body.bytes, framing, body.done);
         account.sent(body.bytes.len());
         if body.done {
-            settle(&mut account, upstream.head.status, usage::find_in_tail(&tail), total);
+            settle(
+                &mut account,
+                upstream.head.status,
+                usage::find_in_tail(&tail),
+                total,
+            );
         }
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
         if client.conn.write_all(&out, client.stall).await.is_err() {
@@ -203,11 +237,25 @@ async fn relay_long(
         }
         if body.done {
             upstream.finish(body.left_over);
-            return if terms.head.keep_alive { Next::KeepAlive } else { Next::Close };
+            return if terms.head.keep_alive {
+                Next::KeepAlive
+            } else {
+                Next::Close
+            };
         }
         out.clear();
         body.bytes.clear();
-        match collect(client, core, &mut upstream, &mut body, &account, &terms, SCRATCH_BYTES).await {
+        match collect(
+            client,
+            core,
+            &mut upstream,
+            &mut body,
+            &account,
+            &terms,
+            SCRATCH_BYTES,
+        )
+        .await
+        {
             Ok(()) => {}
             Err(ended) => {
                 let outcome = match ended {

@@ -1,0 +1,52 @@
+//! Answers that are written in one go: errors and the simulator's own.
+
+use std::borrow::Cow;
+
+use super::put;
+
+/// OpenAI's error object. The arguments are JSON-escaped here.
+pub(super) fn error_object(message: &str, kind: &str, code: &str) -> String {
+    let message = serde_json::Value::from(message);
+    format!("{{\"error\":{{\"message\":{message},\"type\":\"{kind}\",\"param\":null,\"code\":\"{code}\"}}}}")
+}
+
+/// Appends a whole answer with an error object.
+pub fn put_error(out: &mut Vec<u8>, status: u16, message: &str, retry_after_s: u32, close: bool) {
+    let (kind, code) = match status {
+        400..=499 if status != 429 => ("invalid_request_error", "simulated_error"),
+        429 => ("rate_limit_error", "rate_limit_exceeded"),
+        _ => ("server_error", "simulated_error"),
+    };
+    let retry: Cow<'_, str> = match status {
+        429 | 503 => format!("retry-after: {retry_after_s}\r\n").into(),
+        _ => "".into(),
+    };
+    put_json(out, status, &retry, &error_object(message, kind, code), close);
+}
+
+/// Appends a whole answer with a JSON body; `fields` are further header lines, each with its line end.
+pub fn put_json(out: &mut Vec<u8>, status: u16, fields: &str, body: &str, close: bool) {
+    let close = if close { "connection: close\r\n" } else { "" };
+    put(
+        out,
+        format_args!(
+            "HTTP/1.1 {status} {}\r\ncontent-type: application/json\r\n{fields}{close}content-length: {}\r\n\r\n{body}",
+            reason(status),
+            body.len()
+        ),
+    );
+}
+
+fn reason(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        400 => "Bad Request",
+        401 => "Unauthorized",
+        404 => "Not Found",
+        429 => "Too Many Requests",
+        500 => "Internal Server Error",
+        502 => "Bad Gateway",
+        503 => "Service Unavailable",
+        _ => "Simulated",
+    }
+}

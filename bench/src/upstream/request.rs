@@ -1,0 +1,220 @@
+//! What the simulator reads from a request: its target, and from its body the model, the limits and the prompt's size.
+
+use std::borrow::Cow;
+
+use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+/// The calls that the simulator answers with tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Api {
+    Chat,
+    Completions,
+    Embeddings,
+    Responses,
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    Call(Api),
+    Models,
+    Stats,
+    Last,
+    Unknown,
+}
+
+impl Route {
+    pub fn of(method: &str, target: &str) -> Self {
+        let path = target.split('?').next().unwrap_or_default();
+        match (method, path) {
+            ("POST", "/v1/chat/completions") => Self::Call(Api::Chat),
+            ("POST", "/v1/completions") => Self::Call(Api::Completions),
+            ("POST", "/v1/embeddings") => Self::Call(Api::Embeddings),
+            ("POST", "/v1/responses") => Self::Call(Api::Responses),
+            ("GET", "/v1/models") => Self::Models,
+            ("GET", "/sim/stats") => Self::Stats,
+            ("GET", "/sim/last") => Self::Last,
+            _ => Self::Unknown,
+        }
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct StreamOptions {
+    include_usage: Option<bool>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Wire<'a> {
+    #[serde(borrow, default)]
+    model: Cow<'a, str>,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    max_tokens: Option<u32>,
+    max_completion_tokens: Option<u32>,
+    max_output_tokens: Option<u32>,
+    #[serde(default)]
+    messages: Text,
+    #[serde(default)]
+    prompt: Text,
+    #[serde(default)]
+    input: Text,
+    #[serde(default)]
+    instructions: Text,
+}
+
+/// What a body asks for.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Call<'a> {
+    pub model: Cow<'a, str>,
+    pub stream: bool,
+    pub include_usage: bool,
+    pub tokens_max: Option<u32>,
+    /// A quarter of the prompt's bytes, at least 1.
+    pub prompt_tokens: u64,
+}
+
+/// Reads a body; the error is what `serde_json` says of it.
+pub fn parse(body: &[u8]) -> Result<Call<'_>, serde_json::Error> {
+    let wire: Wire<'_> = serde_json::from_slice(body)?;
+    let text_bytes = wire.messages.0 + wire.prompt.0 + wire.input.0 + wire.instructions.0;
+    Ok(Call {
+        model: wire.model,
+        stream: wire.stream.unwrap_or(false),
+        include_usage: wire
+            .stream_options
+            .and_then(|options| options.include_usage)
+            .unwrap_or(false),
+        tokens_max: wire
+            .max_completion_tokens
+            .or(wire.max_output_tokens)
+            .or(wire.max_tokens),
+        prompt_tokens: (text_bytes / 4).max(1),
+    })
+}
+
+/// Bytes of the text in a prompt of any shape: a string, token numbers (four bytes each), parts or messages.
+#[derive(Debug, Default)]
+struct Text(u64);
+
+impl<'de> Deserialize<'de> for Text {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(TextVisitor).map(Text)
+    }
+}
+
+struct TextVisitor;
+
+impl<'de> Visitor<'de> for TextVisitor {
+    type Value = u64;
+
+    fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        out.write_str("text, parts or messages")
+    }
+
+    fn visit_str<E>(self, text: &str) -> Result<u64, E> {
+        Ok(text.len() as u64)
+    }
+
+    fn visit_u64<E>(self, _: u64) -> Result<u64, E> {
+        Ok(4)
+    }
+
+    fn visit_i64<E>(self, _: i64) -> Result<u64, E> {
+        Ok(4)
+    }
+
+    fn visit_f64<E>(self, _: f64) -> Result<u64, E> {
+        Ok(0)
+    }
+
+    fn visit_bool<E>(self, _: bool) -> Result<u64, E> {
+        Ok(0)
+    }
+
+    fn visit_unit<E>(self) -> Result<u64, E> {
+        Ok(0)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<u64, A::Error> {
+        let mut bytes = 0;
+        while let Some(item) = items.next_element::<Text>()? {
+            bytes += item.0;
+        }
+        Ok(bytes)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<u64, A::Error> {
+        let mut bytes = 0;
+        while let Some(key) = fields.next_key::<Cow<'de, str>>()? {
+            if matches!(&*key, "content" | "text") {
+                bytes += fields.next_value::<Text>()?.0;
+            } else {
+                fields.next_value::<IgnoredAny>()?;
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chat_body_is_read() {
+        let body = br#"{"model":"sim:tokens=3","messages":[{"role":"user","content":"12345678"},
+            {"role":"user","content":[{"type":"text","text":"1234"},{"type":"image_url","image_url":{"url":"x"}}]}],
+            "stream":true,"stream_options":{"include_usage":true},"max_tokens":9,"max_completion_tokens":7,"x":[1]}"#;
+        let call = parse(body).unwrap();
+        let expected = Call {
+            model: "sim:tokens=3".into(),
+            stream: true,
+            include_usage: true,
+            tokens_max: Some(7),
+            prompt_tokens: 3,
+        };
+        assert_eq!(call, expected);
+    }
+
+    #[test]
+    fn other_prompts_are_counted_too() {
+        assert_eq!(
+            parse(br#"{"model":"m","prompt":"12345678"}"#)
+                .unwrap()
+                .prompt_tokens,
+            2
+        );
+        assert_eq!(
+            parse(br#"{"model":"m","input":["1234","5678"]}"#)
+                .unwrap()
+                .prompt_tokens,
+            2
+        );
+        assert_eq!(
+            parse(br#"{"model":"m","input":[11,12,13]}"#)
+                .unwrap()
+                .prompt_tokens,
+            3
+        );
+        assert_eq!(
+            parse(br#"{"model":"a\"b","stream":null,"messages":null}"#)
+                .unwrap()
+                .prompt_tokens,
+            1
+        );
+        assert!(parse(b"{").is_err());
+        assert!(parse(b"[1]").is_err());
+    }
+
+    #[test]
+    fn routes_ignore_the_query() {
+        assert_eq!(
+            Route::of("POST", "/v1/chat/completions?a=b"),
+            Route::Call(Api::Chat)
+        );
+        assert_eq!(Route::of("GET", "/v1/chat/completions"), Route::Unknown);
+        assert_eq!(Route::of("GET", "/v1/models"), Route::Models);
+    }
+}

@@ -1,0 +1,415 @@
+//! The load generator against the simulated upstream: whole answers pass, and each fault shows as what it is.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use gateway_bench::load::{self, Failures, HangUp, Options, Report};
+use gateway_bench::upstream::{self, Behaviour, Server, Stats};
+
+fn server() -> Server {
+    Server::start(upstream::Options::default()).expect("a server starts on a free port")
+}
+
+fn options(server: &Server, model: &str) -> Options {
+    Options {
+        url: format!("{}/v1/chat/completions", server.url()),
+        model: model.to_owned(),
+        requests: Some(4),
+        connections: 2,
+        timeout: Duration::from_secs(20),
+        ..Options::default()
+    }
+}
+
+fn run(options: &Options) -> Report {
+    load::run(options).expect("the options are valid")
+}
+
+/// Waits until the counters are as wanted: a peer's close is seen a moment after it happened.
+fn eventually(server: &Server, wanted: impl Fn(&Stats) -> bool) -> Stats {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let stats = server.stats();
+        if wanted(&stats) {
+            return stats;
+        }
+        assert!(Instant::now() < deadline, "{stats:?}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_thousand_streams_at_once_lose_nothing() {
+    let server = server();
+    let report = run(&Options {
+        connections: 1000,
+        requests: Some(1000),
+        expect_tokens: Some(30),
+        include_usage: true,
+        ..options(&server, "sim:tokens=30,pace=20ms,first=1s")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.ok, report.tokens), (1000, 30_000));
+    // Role, tokens, finish reason, usage, end.
+    assert_eq!(report.events, 1000 * 34);
+    let stats = eventually(&server, |stats| stats.connections_open == 0);
+    assert_eq!((stats.streams_completed, stats.tokens_sent), (1000, 30_000));
+    assert_eq!((stats.streams_open, stats.streams_aborted), (0, 0));
+}
+
+#[test]
+fn every_api_and_shape_is_whole() {
+    let server = server();
+    let words = [
+        "",
+        "pace=0,size=100",
+        "crlf",
+        "split=1",
+        "split=7",
+        "azure,comment=2",
+        "reasoning=3",
+        "unframed",
+        "close",
+    ];
+    for path in ["chat/completions", "completions", "responses", "embeddings"] {
+        for stream in [true, false] {
+            for word in words {
+                let model = format!("sim:tokens=5,pace=1ms,first=0,{word}");
+                let report = run(&Options {
+                    url: format!("{}/v1/{path}", server.url()),
+                    stream,
+                    expect_tokens: Some(5),
+                    ..options(&server, &model)
+                });
+                assert!(
+                    report.is_sound() && report.ok == 4,
+                    "{path} {model} {stream}\n{report}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn connections_are_kept() {
+    let server = server();
+    let report = run(&Options {
+        requests: Some(50),
+        ..options(&server, "sim:tokens=2,pace=0,first=0")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(report.connections_opened, 2);
+    let report = run(&Options {
+        requests: Some(5),
+        ..options(&server, "sim:tokens=2,pace=0,first=0,close")
+    });
+    assert_eq!((report.ok, report.connections_opened), (5, 5));
+    let model = "sim:tokens=2,pace=0,first=0";
+    let report = run(&Options {
+        requests: Some(5),
+        keep_alive: false,
+        ..options(&server, model)
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.ok, report.connections_opened), (5, 5));
+}
+
+#[test]
+fn each_fault_shows_as_itself() {
+    let server = server();
+    let four = |set: fn(&mut Failures)| {
+        let mut failures = Failures::default();
+        set(&mut failures);
+        failures
+    };
+    let cases = [
+        ("die=rst", four(|failures| failures.cut = 4)),
+        ("die=rst,after=3", four(|failures| failures.cut = 4)),
+        ("die=fin,after=0", four(|failures| failures.cut = 4)),
+        ("die=fin,after=3", four(|failures| failures.cut = 4)),
+        (
+            "unframed,die=fin,after=3",
+            four(|failures| failures.no_finish = 4),
+        ),
+        ("garbage", four(|failures| failures.malformed = 4)),
+        ("badchunk,after=2", four(|failures| failures.malformed = 4)),
+        ("error=0", four(|failures| failures.error_event = 4)),
+        ("error=3", four(|failures| failures.error_event = 4)),
+        ("done=off", four(|failures| failures.no_done = 4)),
+        ("tokens=4", four(|failures| failures.mismatch = 4)),
+    ];
+    for (words, expected) in cases {
+        let model = format!("sim:tokens=5,pace=1ms,first=1ms,{words}");
+        let report = run(&Options {
+            expect_tokens: Some(5),
+            ..options(&server, &model)
+        });
+        assert_eq!(report.failures, expected, "{words}\n{report}");
+        assert_eq!(report.requests, 4, "{words}");
+    }
+    eventually(&server, |stats| {
+        stats.streams_open == 0 && stats.connections_open == 0
+    });
+}
+
+#[test]
+fn stalls_end_at_the_timeout() {
+    let server = server();
+    for words in ["die=stall", "die=stall,after=2", "slowhead=60s", "pace=60s"] {
+        let model = format!("sim:tokens=5,pace=0,first=0,{words}");
+        let report = run(&Options {
+            timeout: Duration::from_millis(200),
+            ..options(&server, &model)
+        });
+        assert_eq!(
+            report.failures,
+            Failures {
+                timeout: 4,
+                ..Failures::default()
+            },
+            "{words}"
+        );
+    }
+    // A stalled answer that the peer leaves is an aborted one.
+    let stats = eventually(&server, |stats| stats.connections_open == 0);
+    assert_eq!((stats.streams_aborted, stats.streams_open), (16, 0));
+}
+
+#[test]
+fn statuses_are_counted_and_not_failures() {
+    let server = server();
+    for status in [429, 500, 503] {
+        let report = run(&options(&server, &format!("sim:status={status}")));
+        assert!(report.is_sound());
+        assert_eq!(report.status.get(&status), Some(&4));
+        assert_eq!((report.ok, report.connections_opened), (0, 2));
+    }
+    let report = run(&options(&server, "sim:colour=red"));
+    assert_eq!(report.status.get(&400), Some(&4));
+}
+
+#[test]
+fn the_default_behaviour_can_change() {
+    let server = server();
+    let mut behaviour = Behaviour::default();
+    behaviour.apply("status=503").unwrap();
+    server.set_behaviour(behaviour);
+    assert_eq!(run(&options(&server, "gpt-5")).status.get(&503), Some(&4));
+}
+
+#[test]
+fn upstream_sees_hang_ups() {
+    let server = server();
+    let report = run(&Options {
+        hang_up: Some(HangUp {
+            after_tokens: 3,
+            share_percent: 50,
+        }),
+        requests: Some(100),
+        connections: 20,
+        ..options(&server, "sim:tokens=10,pace=5ms,first=0")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.hung_up, report.ok), (50, 50));
+    let stats = eventually(&server, |stats| stats.streams_open == 0);
+    assert_eq!((stats.streams_aborted, stats.streams_completed), (50, 50));
+    assert!(stats.tokens_sent < 100 * 10);
+}
+
+#[test]
+fn a_slow_reader_holds_the_upstream_back() {
+    let server = server();
+    let reader = Options {
+        slow_reader: Some(20_000),
+        requests: Some(1),
+        connections: 1,
+        timeout: Duration::from_millis(500),
+        ..options(&server, "sim:tokens=1000000,pace=0,first=0,size=1000")
+    };
+    let report = run(&reader);
+    assert_eq!(report.failures.timeout, 1, "{report}");
+    let stats = eventually(&server, |stats| stats.streams_open == 0);
+    assert_eq!(stats.streams_aborted, 1);
+    // What was not read lies in socket buffers, which are bounded; without back-pressure it would be gigabytes.
+    assert!(stats.tokens_sent < 30_000, "{stats:?}");
+    assert!(report.bytes < 20_000, "{report}");
+}
+
+#[test]
+fn stale_connections_are_closed_without_an_answer() {
+    let server = server();
+    for (words, connections) in [("stale=now", 4), ("stale", 2)] {
+        let model = format!("sim:tokens=1,pace=0,first=0,{words}");
+        let mut socket = TcpStream::connect(server.addr()).unwrap();
+        let body = format!("{{\"model\":\"{model}\"}}");
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        socket.write_all(request.as_bytes()).unwrap();
+        if connections == 2 {
+            // The first answer leaves the connection open; the next request closes it.
+            let mut answer = [0; 4096];
+            assert!(socket.read(&mut answer).unwrap() > 0);
+            socket.write_all(request.as_bytes()).unwrap();
+        }
+        let mut rest = Vec::new();
+        // Unread input turns the close into a reset.
+        let ended = socket.read_to_end(&mut rest);
+        let text = String::from_utf8_lossy(&rest);
+        assert!(!text.contains("connection: close"));
+        assert_eq!(
+            text.matches("200 OK").count(),
+            usize::from(connections == 4),
+            "{ended:?}"
+        );
+    }
+}
+
+#[test]
+fn the_open_loop_counts_from_when_a_request_was_due() {
+    let server = server();
+    let report = run(&Options {
+        rate: Some(200.0),
+        requests: Some(20),
+        connections: 1,
+        stream: false,
+        ..options(&server, "sim:first=20ms")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(report.ok, 20);
+    // One connection serves 50 a second where 200 are due: the last one is due at 95 ms and ends at 400 ms at the
+    // earliest, though its own round trip takes 20 ms.
+    assert!(report.total.max_us >= 280_000, "{report}");
+    assert!(report.total.p50_us >= 100_000, "{report}");
+    assert!(report.late_starts >= 18, "{report}");
+}
+
+#[test]
+fn idle_streams_are_held_and_left() {
+    let server = server();
+    let report = run(&Options {
+        connections: 200,
+        idle: true,
+        duration: Some(Duration::from_millis(50)),
+        pids: vec![std::process::id()],
+        ..options(&server, "sim:tokens=100,pace=1h,first=0")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.open_streams, report.requests), (200, 0));
+    assert!(report.processes[0].bytes_per_open_stream.is_some());
+    let stats = eventually(&server, |stats| stats.streams_open == 0);
+    assert_eq!(stats.streams_aborted, 200);
+}
+
+#[test]
+fn nobody_listening_is_a_failure_to_connect() {
+    let server = server();
+    let options = options(&server, "sim");
+    drop(server);
+    let report = run(&options);
+    assert_eq!(
+        report.failures,
+        Failures {
+            connect: 4,
+            ..Failures::default()
+        }
+    );
+}
+
+#[test]
+fn many_endpoints_and_threads_share_the_counters() {
+    let options = upstream::Options {
+        endpoints: 3,
+        threads: 2,
+        ..upstream::Options::default()
+    };
+    let server = Server::start(options).unwrap();
+    assert_eq!(server.addrs().len(), 3);
+    for addr in server.addrs() {
+        let report = run(&Options {
+            url: format!("http://{addr}/v1/chat/completions"),
+            connections: 8,
+            requests: Some(16),
+            ..options_of("sim:tokens=2,pace=1ms,first=0")
+        });
+        assert!(report.is_sound(), "{report}");
+    }
+    assert_eq!(server.stats().requests_by_endpoint, [16, 16, 16]);
+}
+
+fn options_of(model: &str) -> Options {
+    Options {
+        model: model.to_owned(),
+        timeout: Duration::from_secs(20),
+        ..Options::default()
+    }
+}
+
+#[test]
+fn the_last_request_can_be_read() {
+    let server = server();
+    let report = run(&Options {
+        key: Some("sk-test".to_owned()),
+        ..options(&server, "sim:tokens=1,first=0")
+    });
+    assert!(report.is_sound());
+    let last = server.last();
+    assert_eq!(
+        last.target(),
+        ("POST".to_owned(), "/v1/chat/completions".to_owned())
+    );
+    assert_eq!(last.header("Authorization").as_deref(), Some("Bearer sk-test"));
+    let body: serde_json::Value = serde_json::from_slice(&last.body).unwrap();
+    assert_eq!(body["model"], "sim:tokens=1,first=0");
+
+    let mut socket = TcpStream::connect(server.addr()).unwrap();
+    socket
+        .write_all(b"GET /sim/last HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        .unwrap();
+    // The connection ends as the request asked, or this would wait for ever.
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    assert!(text.contains(&last.body_sha256()), "{text}");
+}
+
+#[test]
+fn bodies_may_be_chunked_large_and_pipelined() {
+    let server = server();
+    let mut socket = TcpStream::connect(server.addr()).unwrap();
+    let body = format!(
+        "{{\"model\":\"sim:tokens=1,first=0\",\"prompt\":\"{}\"}}",
+        "x".repeat(8 * 1024 * 1024)
+    );
+    let (left, right) = body.split_at(1000);
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n{:x}\r\n{left}\r\n{:x}\r\n{right}\r\n0\r\n\r\n\
+         GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n",
+        left.len(),
+        right.len()
+    );
+    socket.write_all(request.as_bytes()).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let mut answer = String::new();
+    let mut piece = [0; 4096];
+    while !answer.contains("\"owned_by\"") {
+        let length = socket.read(&mut piece).unwrap();
+        assert!(length > 0, "{answer}");
+        answer.push_str(&String::from_utf8_lossy(&piece[..length]));
+    }
+    assert!(answer.contains("\"prompt_tokens\":2097152"), "{answer}");
+    assert_eq!(server.last().body.len(), body.len());
+}
+
+#[test]
+fn sources_are_used_in_turn() {
+    let server = server();
+    let report = run(&Options {
+        sources: load::Sources::parse("127.0.0.0/8"),
+        connections: 10,
+        requests: Some(10),
+        ..options(&server, "sim:tokens=1,pace=0,first=10ms")
+    });
+    assert!(report.is_sound(), "{report}");
+}

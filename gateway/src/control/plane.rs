@@ -1,0 +1,331 @@
+//! What the control thread knows and can do: the state behind the admin API.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+
+use super::listen::SharedTls;
+use crate::{
+    config::{self, Config, schema::KernelMode},
+    core::Shared,
+    fleet::resolve::Resolver,
+    kernel::{BlockError, Kernel},
+    ledger::Ledger,
+    net::{clock, runtime::Engine, tls},
+    serve::snapshot::{Registry, Snapshot},
+    telemetry::{
+        access::{AccessLog, Destination},
+        logging, prometheus,
+    },
+};
+
+/// Offenders taken from the queue in one tick.
+const OFFENDERS_PER_TICK: usize = 256;
+
+/// The gateway as its control thread sees it.
+pub struct State {
+    pub shared: Arc<Shared>,
+    pub engine: Engine,
+    path: PathBuf,
+    started: Instant,
+    ledger: Arc<Ledger>,
+    log: AccessLog,
+    resolver: Resolver,
+    addresses: Vec<SocketAddr>,
+    tls: Vec<SharedTls>,
+    /// Locks are for the control thread alone; the data plane has none of them.
+    inner: Mutex<Inner>,
+    kernel: Result<Mutex<Kernel>, String>,
+}
+
+/// What a reload changes.
+struct Inner {
+    config: Config,
+    registry: Registry,
+}
+
+impl State {
+    #[allow(clippy::too_many_arguments)] // called once, where all of these have just been made
+    pub fn new(
+        path: PathBuf,
+        config: Config,
+        shared: Arc<Shared>,
+        engine: Engine,
+        kernel: Result<Kernel, String>,
+        ledger: Arc<Ledger>,
+        registry: Registry,
+        log: AccessLog,
+        addresses: Vec<SocketAddr>,
+        tls: Vec<SharedTls>,
+    ) -> anyhow::Result<State> {
+        let resolver = Resolver::start()?;
+        resolver.watch(&registry.endpoints.named());
+        Ok(State {
+            shared,
+            engine,
+            path,
+            started: Instant::now(),
+            ledger,
+            log,
+            resolver,
+            addresses,
+            tls,
+            inner: Mutex::new(Inner { config, registry }),
+            kernel: kernel.map(Mutex::new),
+        })
+    }
+
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn kernel(&self) -> Result<MutexGuard<'_, Kernel>, String> {
+        match &self.kernel {
+            Ok(kernel) => Ok(kernel.lock().unwrap_or_else(PoisonError::into_inner)),
+            Err(reason) => Err(format!("the kernel plane is off: {reason}")),
+        }
+    }
+
+    /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
+    pub fn tick(&self) {
+        let kernel = self.kernel().ok();
+        for _ in 0..OFFENDERS_PER_TICK {
+            let Some(client) = self.shared.refusals.next_offender() else {
+                break;
+            };
+            if let Some(kernel) = &kernel {
+                self.drop_offender(kernel, client);
+            }
+        }
+        let Some(kernel) = kernel else { return };
+        for core in &self.shared.cores {
+            let streams = u32::try_from(core.counters().streams_open()).unwrap_or(u32::MAX);
+            kernel.publish_load(core.core(), streams);
+        }
+        kernel.tick();
+    }
+
+    fn drop_offender(&self, kernel: &Kernel, client: IpAddr) {
+        let hold = self.inner().config.kernel.drop.hold.0;
+        match kernel.block(client, hold) {
+            Ok(()) => {
+                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
+            }
+            Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
+            Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
+        }
+    }
+
+    /// Whether every core has shown itself lately.
+    pub fn cores_are_alive(&self, age_ms_max: u64) -> bool {
+        let now_ms = clock::monotonic_ns() / 1_000_000;
+        self.shared
+            .cores
+            .iter()
+            .all(|core| core.heartbeat_age_ms(now_ms) <= age_ms_max)
+    }
+
+    /// Writes out what is left at the end.
+    pub fn end(&self) {
+        self.log.flush();
+    }
+
+    /// Puts the configuration file as it is now in force, on all cores at once. Running requests keep what they
+    /// started with.
+    ///
+    /// # Errors
+    /// What is wrong with the file; then nothing has changed.
+    pub fn reload(&self) -> Result<String, String> {
+        let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
+        let mut inner = self.inner();
+        let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
+        let fresh_tls = self.fresh_tls(&config)?;
+        let unchanged = needs_restart(&inner.config, &config);
+
+        let generation = snapshot.generation;
+        self.shared.snapshot.store(Arc::new(snapshot));
+        for (shared, fresh) in self.tls.iter().zip(fresh_tls) {
+            if let (Some(shared), Some(fresh)) = (shared, fresh) {
+                shared.store(fresh);
+            }
+        }
+        self.follow(&config);
+        inner.config = config;
+        inner.registry.limits.sweep();
+        inner.registry.endpoints.sweep();
+        self.resolver.watch(&inner.registry.endpoints.named());
+        tracing::info!(generation, "configuration reloaded");
+        for warning in &inner.config.warnings {
+            tracing::warn!("{warning}");
+        }
+        if unchanged.is_empty() {
+            return Ok(format!("reloaded, generation {generation}"));
+        }
+        let parts = unchanged.join(", ");
+        tracing::warn!("changes to {parts} take effect with a restart only");
+        Ok(format!(
+            "reloaded, generation {generation}; changes to {parts} need a restart"
+        ))
+    }
+
+    /// Reads certificates again, for listeners that stay what they were.
+    fn fresh_tls(&self, config: &Config) -> Result<Vec<Option<Arc<rustls::ServerConfig>>>, String> {
+        let load = |listener: &config::schema::Listener| match &listener.tls {
+            Some(settings) => tls::server_config(settings)
+                .map(Some)
+                .map_err(|error| format!("{error:#}")),
+            None => Ok(None),
+        };
+        config.listeners.iter().map(load).collect()
+    }
+
+    /// Lets everything beside the data plane follow a new configuration.
+    fn follow(&self, config: &Config) {
+        if let Ok(mut kernel) = self.kernel() {
+            kernel.set_observe(config.kernel.mode == KernelMode::Observe);
+            kernel.set_steering(config.kernel.steering);
+            kernel.set_exempt(&config.kernel.drop.exempt);
+        }
+        if let Err(error) = logging::set_level(&config.log.level) {
+            tracing::warn!(%error, "the log's level stays");
+        }
+        if let Err(error) = self.log.reopen(&Destination::parse(&config.log.access)) {
+            tracing::warn!(%error, "the access log stays where it was");
+        }
+    }
+
+    /// The gateway's state, for `gateway status`.
+    pub fn status(&self) -> Value {
+        let inner = self.inner();
+        let totals = prometheus::totals(&self.shared.cores);
+        let snapshot = self.shared.snapshot.load();
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "uptime_seconds": self.started.elapsed().as_secs(),
+            "state": match self.shared.level() { 0 => "running", 1 => "draining", _ => "stopping" },
+            "config": { "path": self.path, "generation": snapshot.generation },
+            "listeners": self.addresses,
+            "cores": self.shared.cores.len(),
+            "engine": self.engine.name(),
+            "models": inner.config.models.len(),
+            "keys": inner.config.keys.len(),
+            "connections_open": totals.connections_open(),
+            "streams_open": totals.streams_open(),
+            "requests": totals.requests,
+            "refused": totals.refused_total(),
+            "ledger": self.ledger.status(),
+            "kernel": self.kernel_brief(),
+            "degraded": self.degraded(&inner.config),
+        })
+    }
+
+    fn kernel_brief(&self) -> Value {
+        match self.kernel() {
+            Ok(kernel) => {
+                json!({ "loaded": true, "dropped": kernel.stats().dropped, "blocked": kernel.blocked().len() })
+            }
+            Err(reason) => json!({ "loaded": false, "reason": reason }),
+        }
+    }
+
+    /// Everything that does not work as it could, in words.
+    fn degraded(&self, config: &Config) -> Vec<String> {
+        let mut degraded = Vec::new();
+        if self.engine == Engine::Epoll && config.workers.driver != config::schema::Driver::Epoll {
+            degraded.push("io_uring cannot be used: the data plane runs on epoll".into());
+        }
+        match self.kernel() {
+            Ok(kernel) => degraded.extend(kernel.degraded()),
+            Err(reason) if config.kernel.mode != KernelMode::Off => degraded.push(reason),
+            Err(_) => {}
+        }
+        if let Some(error) = self.ledger.status().last_error {
+            degraded.push(format!("ledger: {error}"));
+        }
+        degraded
+    }
+
+    /// The kernel plane in detail, for `gateway kernel status`.
+    pub fn kernel_status(&self) -> Value {
+        let kernel = match self.kernel() {
+            Ok(kernel) => kernel,
+            Err(reason) => return json!({ "loaded": false, "reason": reason }),
+        };
+        let stats = kernel.stats();
+        let blocked: Vec<Value> = kernel
+            .blocked()
+            .iter()
+            .map(|blocked| {
+                json!({
+                    "client": blocked.client,
+                    "remaining_seconds": blocked.remaining.as_secs_f64(),
+                    "dropped": blocked.dropped,
+                    "would_drop": blocked.would_drop,
+                })
+            })
+            .collect();
+        json!({
+            "loaded": true,
+            "degraded": kernel.degraded(),
+            "dropped": stats.dropped,
+            "would_drop": stats.would_drop,
+            "steered": stats.steered,
+            "steered_away": stats.steered_away,
+            "fallback": stats.fallback,
+            "opened": stats.opened,
+            "closed": stats.closed,
+            "bytes_in": stats.bytes_in,
+            "bytes_out": stats.bytes_out,
+            "retransmits": stats.retransmits,
+            "blocked": blocked,
+        })
+    }
+
+    /// Blocks a client by hand.
+    pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
+        self.kernel()?
+            .block(client, hold)
+            .map_err(|error| error.to_string())
+    }
+
+    /// Lifts a block; false where there was none.
+    pub fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
+        self.kernel()?.unblock(client).map_err(|error| error.to_string())
+    }
+}
+
+/// Parts of the configuration that a reload cannot change, as far as they differ.
+fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
+    let addresses = |config: &Config| {
+        config
+            .listeners
+            .iter()
+            .map(|listener| (listener.address, listener.tls.is_some()))
+            .collect::<Vec<_>>()
+    };
+    let mut parts = Vec::new();
+    let mut note = |differs: bool, name| {
+        if differs {
+            parts.push(name)
+        }
+    };
+    note(addresses(before) != addresses(after), "listeners");
+    note(before.admin.address != after.admin.address, "admin");
+    note(
+        before.workers.threads != after.workers.threads || before.workers.driver != after.workers.driver,
+        "workers",
+    );
+    note(before.ledger.path != after.ledger.path, "ledger");
+    let off = |config: &Config| config.kernel.mode == KernelMode::Off;
+    note(
+        off(before) != off(after) || before.kernel.cgroup != after.kernel.cgroup,
+        "kernel",
+    );
+    parts
+}
