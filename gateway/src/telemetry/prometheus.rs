@@ -13,8 +13,9 @@ use std::{
 use super::{
     CoreShared, Latencies, Latency,
     counters::{Refusal, STATUS_LABELS, Totals},
-    totals,
 };
+
+pub use super::totals;
 
 /// `Content-Type` of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
