@@ -74,6 +74,10 @@ pub struct Totals {
     pub untracked: u64,
     /// `bpf_ktime_get_ns` of this CPU's last log line; not a counter.
     pub logged_ns: u64,
+    /// Cookie of the socket that last entered FIN_WAIT2 on this CPU; not a counter.
+    pub half_closed: u64,
+    /// That socket's octets received by then, as the kernel counts them; not a counter.
+    pub half_closed_in: u64,
 }
 
 /// A blocked client.
@@ -124,7 +128,7 @@ const fn is_packed(size: usize, fields: usize) -> bool {
 }
 const _: () = assert!(is_packed(size_of::<crate::ClientKey>(), 16));
 const _: () = assert!(is_packed(size_of::<Settings>(), 4 * 4));
-const _: () = assert!(is_packed(size_of::<Totals>(), 14 * 8));
+const _: () = assert!(is_packed(size_of::<Totals>(), 16 * 8));
 const _: () = assert!(is_packed(size_of::<Block>(), 3 * 8));
 const _: () = assert!(is_packed(size_of::<Client>(), 7 * 8));
 const _: () = assert!(is_packed(size_of::<Listeners>(), 2 * 4));

@@ -4,6 +4,8 @@
 //! SK_DROP makes that look-up fail, so the client gets the RST of a closed port (`tcp_v4_rcv`, label no_tcp_socket).
 //! Whatever goes wrong here lets the packet through: user space still refuses what must be refused.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
@@ -77,20 +79,16 @@ fn client_of(ctx: &SkReuseportContext) -> Option<ClientKey> {
     }
 }
 
+/// Not zeroed first: that would call a loop over a stack pointer, which the verifier admits only with CAP_PERFMON.
 #[inline(always)]
 fn load<const N: usize>(ctx: &SkReuseportContext, offset: u32) -> Option<[u8; N]> {
-    let mut bytes = [0u8; N];
-    // SAFETY: the helper writes at most N bytes to a buffer of N bytes.
-    let failed = unsafe {
-        bpf_skb_load_bytes_relative(
-            ctx.as_ptr(),
-            offset,
-            bytes.as_mut_ptr().cast(),
-            N as u32,
-            BPF_HDR_START_NET,
-        )
-    };
-    (failed == 0).then_some(bytes)
+    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+    // SAFETY: the helper writes N bytes to a buffer of N bytes, also when it fails (then zeroes).
+    unsafe {
+        let to = bytes.as_mut_ptr().cast();
+        let failed = bpf_skb_load_bytes_relative(ctx.as_ptr(), offset, to, N as u32, BPF_HDR_START_NET);
+        (failed == 0).then(|| bytes.assume_init())
+    }
 }
 
 /// True when the packet must be dropped: its client is blocked, the block still holds, and the mode is to enforce it.

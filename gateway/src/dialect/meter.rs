@@ -127,31 +127,21 @@ impl Meter {
     fn feed_holding(&mut self, payload: &mut [u8]) -> Range<usize> {
         let (mut from, mut kept) = (0, 0..0);
         while let Some(length) = self.framer.next_end(&payload[from..]) {
-            let event = from..from + length;
+            let mut event = from..from + length;
             from = event.end;
-            if self.carry.is_empty() {
-                if !self.look(&payload[event.clone()]) {
-                    continue;
-                }
-                if kept.is_empty() {
-                    kept = event;
-                } else if kept.end == event.start {
-                    kept.end = event.end;
-                } else {
-                    payload.copy_within(event, kept.end);
-                    kept.end += length;
-                }
+            if !self.carry.is_empty() {
+                self.end_held(&payload[event]);
                 continue;
             }
-            let was_long = self.is_long;
-            let shown = self.look_carried(&payload[event.clone()]);
-            if was_long {
-                // Its beginning has been passed on already.
-                self.ready.extend_from_slice(&payload[event]);
-            } else if shown {
-                std::mem::swap(&mut self.ready, &mut self.carry);
+            if !self.look(&payload[event.clone()]) {
+                event.end = event.start + line_end_before(&payload[event.clone()]);
             }
-            self.reset_carry();
+            if kept.is_empty() {
+                kept = event;
+            } else {
+                payload.copy_within(event.clone(), kept.end);
+                kept.end += event.len();
+            }
         }
         if kept.is_empty() {
             self.hold_back(&payload[from..]);
@@ -160,6 +150,21 @@ impl Meter {
             self.carry.extend_from_slice(&payload[from..]);
         }
         kept
+    }
+
+    /// Ends an event whose beginning was held back: it goes to `ready`, unless it is hidden.
+    fn end_held(&mut self, last: &[u8]) {
+        let was_long = self.is_long;
+        let shown = self.look_carried(last);
+        if was_long {
+            // Its beginning has been passed on already.
+            self.ready.extend_from_slice(last);
+        } else if shown {
+            std::mem::swap(&mut self.ready, &mut self.carry);
+        } else {
+            self.ready.extend_from_slice(&self.carry[..line_end_before(&self.carry)]);
+        }
+        self.reset_carry();
     }
 
     /// Keeps the beginning of an event until it is whole, or passes it on where it grows too long.
@@ -224,7 +229,7 @@ impl Meter {
 
     /// Takes the usage of an event; true when it tells nothing else and is to be hidden.
     fn look_for_usage(&mut self, event: &[u8]) -> bool {
-        let data = sse::data(event, &mut self.joined);
+        let Some(data) = sse::data(event).payload(&mut self.joined) else { return false };
         if let Some(usage) = usage::find(self.api, data) {
             self.seen.usage = Some(usage);
         }
@@ -276,6 +281,11 @@ impl Meter {
         seen.events += 1;
         seen.bytes += bytes;
     }
+}
+
+/// Bytes at the beginning of an event that belong to the one before: the LF of a CRLF whose CR ended it.
+fn line_end_before(event: &[u8]) -> usize {
+    usize::from(event.first() == Some(&b'\n'))
 }
 
 #[cfg(test)]

@@ -117,15 +117,16 @@ fn chain(error: &(dyn Error + 'static)) -> String {
         }
         next = cause.source();
     }
-    // The verifier's log has thousands of lines: the fault stands near the end, before a line of statistics.
+    // The verifier's log has thousands of lines: the fault is the last one before its statistics.
+    let statistics = ["verification time", "stack depth", "processed "];
     let mut lines: Vec<&str> = text
         .lines()
         .map(str::trim)
-        .filter(|line| !line.is_empty())
+        .filter(|line| !line.is_empty() && !statistics.iter().any(|word| line.starts_with(word)))
         .collect();
     if lines.len() > 1 {
         tracing::debug!(error = %text, "the whole of it");
-        let skipped = lines.len().saturating_sub(3).max(1);
+        let skipped = lines.len().saturating_sub(2).max(1);
         lines.drain(1..skipped);
     }
     lines.join(" | ")
@@ -171,10 +172,7 @@ mod tests {
         let off = Off::failed("loading", &denied);
         assert!(off.reason.starts_with("loading failed: "), "{off}");
         assert!(off.reason.contains("not permitted"), "{off}");
-        let long = io::Error::other("first\n1\n2\n3\n\nfault\nstatistics");
-        assert_eq!(
-            Off::failed("x", &long).reason,
-            "x failed: first | 3 | fault | statistics"
-        );
+        let long = io::Error::other("first\n1\n2\n3\n\nfault\nprocessed 7 insns");
+        assert_eq!(Off::failed("x", &long).reason, "x failed: first | 3 | fault");
     }
 }

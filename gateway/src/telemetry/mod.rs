@@ -10,6 +10,7 @@ pub mod counters;
 pub mod latency;
 pub mod logging;
 pub mod prometheus;
+pub mod summary;
 
 use std::{
     cell::RefCell,

@@ -1,0 +1,101 @@
+# A thin front door. `make` says what there is.
+#
+# From nothing on two cores `make test` takes about half an hour: two tools are built from source once and kept under
+# target/ (cargo-deny, bpf-linker).
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+export PATH := $(HOME)/.cargo/bin:$(PATH)
+
+CARGO ?= cargo
+# Arguments of `make demo` and `make bench`, for example ARGS=--once.
+ARGS ?=
+# Seconds for each fuzz target.
+FUZZ_SECONDS ?= 60
+# Where `make install` puts things, for packagers.
+DESTDIR ?=
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
+
+.PHONY: demo
+demo: release ## build, then a small fleet and the gateway before it, with a request through both (ARGS=--once to end)
+	target/release/gateway demo $(ARGS)
+
+.PHONY: release
+release: ## target/release/gateway and gateway-bench
+	$(CARGO) build --release --bin gateway --bin gateway-bench
+
+.PHONY: install
+install: ## put the release build, the unit and a first configuration in place (root; DESTDIR=)
+	systemd/install.sh --destdir "$(DESTDIR)"
+
+.PHONY: bench
+bench: release ## what the gateway costs (ARGS are gateway-bench's, `make bench ARGS=--help`)
+	target/release/gateway-bench $(ARGS)
+
+# The test command. Its parts are targets, in the order in which they fail fastest.
+.PHONY: test
+test: setup fmt-check layers lint build unit systemd-check ebpf-check deny ## everything that CI runs
+	@echo "test: ok"
+
+.PHONY: setup
+setup: ## install what the tests need and this machine lacks
+	tests/setup.sh
+
+.PHONY: fmt
+fmt: ## format the source
+	$(CARGO) fmt --all
+
+.PHONY: fmt-check
+fmt-check:
+	$(CARGO) fmt --all --check
+
+.PHONY: layers
+layers: ## which folder may name what
+	tests/layers.sh
+
+.PHONY: lint
+lint: ## clippy, warnings are errors
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+.PHONY: build
+build:
+	$(CARGO) build --workspace --locked
+
+# A thousand streams are some thousand descriptors in the test's own process; 1024 is the usual soft limit.
+.PHONY: unit
+unit: ## the tests
+	ulimit -Sn "$$(ulimit -Hn)" && $(CARGO) test --workspace --locked
+
+.PHONY: systemd-check
+systemd-check: ## the unit: valid, and exposed no further than it needs
+	systemd/check.sh
+
+.PHONY: ebpf
+ebpf: ## build gateway-ebpf/gateway.bpf.o from source
+	gateway-ebpf/build.sh
+
+# Elsewhere than on Debian as root the object's compiler cannot be installed; where it is there the check runs.
+.PHONY: ebpf-check
+ebpf-check: ## the committed eBPF object agrees with its source
+	@if [ -x /usr/bin/rustc ] && [ -d /usr/lib/rustlib/bpfel-unknown-none ]; then gateway-ebpf/build.sh --check; \
+	elif ! command -v apt-get >/dev/null; then echo "skipped: eBPF object against its source: no apt-get here"; \
+	elif [ "$$(id -u)" -ne 0 ] && ! sudo -n true 2>/dev/null; then echo "skipped: eBPF object against its source: neither root nor sudo"; \
+	else gateway-ebpf/build.sh --check; fi
+
+.PHONY: deny
+deny: ## licences, sources, doubled crates, advisories
+	tests/deny.sh
+
+.PHONY: fuzz
+fuzz: ## each fuzz target for FUZZ_SECONDS
+	tests/fuzz.sh $(FUZZ_SECONDS)
+
+.PHONY: clean
+clean: ## remove what was built, the tools too
+	rm -rf target fuzz/target

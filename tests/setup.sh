@@ -1,0 +1,77 @@
+#!/bin/bash
+# Installs what the tests need and this machine lacks. Whatever cannot be installed is named in a line that begins with
+# `skipped:`; the tests that need it then say so too. Running it again costs nothing.
+#
+# Writes: Debian packages (root, or sudo without a password), components of the Rust toolchain, and under target/:
+# venv (Python with the OpenAI SDK) and tools (cargo-deny).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+OPENAI_SDK=3.52.0
+CARGO_DENY=0.20.2
+# Each with the command that shows that it is there.
+PACKAGES=(
+  iproute2:ip             # network namespaces of the kernel tests
+  curl:curl               # a client as users have it
+  git:git                 # cargo-deny's advisory database
+  systemd:systemd-analyze # systemd/check.sh
+  gcc:cc                  # C parts of aws-lc, SQLite, mimalloc
+)
+
+skipped() { echo "skipped: $*"; }
+
+as_root() {
+  if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo -n "$@"; fi
+}
+
+# Installs Debian packages; the caller says what is lost without them.
+apt_install() {
+  command -v apt-get >/dev/null || { echo "no apt-get here" >&2; return 1; }
+  [ "$(id -u)" -eq 0 ] || sudo -n true 2>/dev/null || { echo "neither root nor sudo without a password" >&2; return 1; }
+  as_root apt-get update -q >/dev/null || return 1
+  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@" >/dev/null
+}
+
+debian_packages() {
+  local missing=() entry
+  for entry in "${PACKAGES[@]}"; do
+    command -v "${entry#*:}" >/dev/null || missing+=("${entry%%:*}")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  echo "setup: installing ${missing[*]}"
+  apt_install "${missing[@]}" || skipped "what needs ${missing[*]}: could not be installed"
+}
+
+rust_components() {
+  command -v cargo >/dev/null || { echo "setup: cargo is missing: https://rustup.rs" >&2; exit 1; }
+  cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 && return
+  rustup component add rustfmt clippy >/dev/null || { echo "setup: rustfmt and clippy are needed" >&2; exit 1; }
+}
+
+openai_sdk() {
+  local python=target/venv/bin/python
+  [ "$("$python" -c 'import openai; print(openai.__version__)' 2>/dev/null)" = "$OPENAI_SDK" ] && return
+  echo "setup: installing the OpenAI SDK for Python $OPENAI_SDK into target/venv"
+  rm -rf target/venv
+  # Debian keeps ensurepip in a package of its own.
+  python3 -m venv target/venv >/dev/null 2>&1 \
+    || { apt_install python3 python3-venv && python3 -m venv target/venv >/dev/null; } \
+    || { rm -rf target/venv; skipped "tests with the OpenAI SDK: python3 -m venv does not work"; return; }
+  "$python" -m pip install -q "openai==$OPENAI_SDK" \
+    || { rm -rf target/venv; skipped "tests with the OpenAI SDK: pip could not install openai"; }
+}
+
+cargo_deny() {
+  [ "$(target/tools/bin/cargo-deny --version 2>/dev/null)" = "cargo-deny $CARGO_DENY" ] && return
+  echo "setup: installing cargo-deny $CARGO_DENY into target/tools (once, some minutes)"
+  cargo install -q cargo-deny --version "$CARGO_DENY" --locked --no-default-features \
+    --root target/tools --target-dir target/cargo-deny 2>&1 | grep -v 'to your PATH' || true
+  rm -rf target/cargo-deny
+  [ -x target/tools/bin/cargo-deny ] || skipped "cargo deny: could not be installed"
+}
+
+debian_packages
+rust_components
+openai_sdk
+cargo_deny
+echo "setup: ok"
