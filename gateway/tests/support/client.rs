@@ -210,6 +210,24 @@ impl Client {
         }
     }
 
+    /// Receives until the gateway closes, and returns what came; a reset or the gateway's silence is an error.
+    pub fn rest(&mut self) -> io::Result<Vec<u8>> {
+        loop {
+            match self.more() {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Ok(std::mem::take(&mut self.received));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// What has been received and not taken yet.
+    pub fn pending(&self) -> &[u8] {
+        &self.received
+    }
+
     /// Whether the gateway has closed the connection; waits for that or for bytes, which would be a "no".
     pub fn is_closed(&mut self) -> bool {
         match self.more() {

@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub mod client;
+pub mod upstream;
 
 use std::{
     fs,
@@ -238,10 +239,15 @@ pub fn fleet(behaviour: &str) -> Server {
 
 /// Builds the usual configuration: one listener, one provider `sim`, key [`KEY`] named `alice`.
 pub struct Setup {
+    /// Base URL of the provider; several with commas between them.
     pub upstream: String,
     /// Virtual models: name, and the upstream's model.
     pub models: Vec<(String, String)>,
     pub limits: String,
+    /// Further lines of `providers`, `models` and `keys`.
+    pub providers: String,
+    pub further_models: String,
+    pub keys: String,
     /// Further lines at the top level.
     pub more: String,
     pub timeouts: String,
@@ -254,6 +260,9 @@ impl Setup {
             upstream: upstream.into(),
             models: vec![("fast".into(), "sim".into())],
             limits: String::new(),
+            providers: String::new(),
+            further_models: String::new(),
+            keys: String::new(),
             more: "kernel: { mode: \"off\" }\nworkers: { threads: 2 }\n".into(),
             timeouts: "{ connect: 2s, first_token: 20s, idle: 20s, total: 5m }".into(),
         }
@@ -268,6 +277,45 @@ impl Setup {
     /// Sets the limits, as YAML list items.
     pub fn limits(mut self, limits: &str) -> Setup {
         self.limits = limits.into();
+        self
+    }
+
+    /// Sets the timeouts of all models, as a YAML map.
+    pub fn timeouts(mut self, timeouts: &str) -> Setup {
+        self.timeouts = timeouts.into();
+        self
+    }
+
+    /// Sets the data plane's threads and engine.
+    pub fn workers(mut self, threads: usize, driver: &str) -> Setup {
+        self.more =
+            format!("kernel: {{ mode: \"off\" }}\nworkers: {{ threads: {threads}, driver: {driver} }}\n");
+        self
+    }
+
+    /// Adds lines at the top level.
+    pub fn more(mut self, lines: &str) -> Setup {
+        self.more.push_str(lines);
+        self
+    }
+
+    /// Adds a key, with the rest of its YAML map (`, team: x`).
+    pub fn key(mut self, name: &str, secret: &str, rest: &str) -> Setup {
+        let hash = gateway::config::sha256_hex(&gateway::config::key_hash(secret));
+        self.keys
+            .push_str(&format!("  - {{ name: {name}, sha256: {hash}{rest} }}\n"));
+        self
+    }
+
+    /// Adds a provider `other` at `upstream`, and a model `pair`: `sim` first, `other` when that fails.
+    pub fn fallback(mut self, upstream: impl std::fmt::Display) -> Setup {
+        self.providers =
+            format!("  other: {{ kind: openai, key: other-secret, endpoints: [\"{upstream}\"] }}\n");
+        self.further_models = format!(
+            "  - {{ name: pair, targets: [{{ provider: sim, model: sim }}, \
+             {{ provider: other, model: sim, priority: 1 }}], timeouts: {} }}\n",
+            self.timeouts
+        );
         self
     }
 
@@ -287,11 +335,18 @@ impl Setup {
         };
         format!(
             "listeners:\n  - address: 127.0.0.1:0\nadmin: {{ address: \"127.0.0.1:0\" }}\n\
-             providers:\n  sim: {{ kind: openai, key: upstream-secret, endpoints: [\"{}\"] }}\n\
-             models:\n{models}keys:\n  - {{ name: alice, sha256: {} }}\n{limits}\
+             providers:\n  sim: {{ kind: openai, key: upstream-secret, endpoints: [{}] }}\n{}\
+             models:\n{models}{}keys:\n  - {{ name: alice, sha256: {} }}\n{}{limits}\
              ledger: {{ path: \"{{dir}}/state\" }}\nlog: {{ format: json }}\n{}",
-            self.upstream,
+            self.upstream
+                .split(',')
+                .map(|url| format!("\"{url}\""))
+                .collect::<Vec<_>>()
+                .join(", "),
+            self.providers,
+            self.further_models,
             hash(KEY),
+            self.keys,
             self.more,
         )
     }
