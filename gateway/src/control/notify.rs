@@ -118,7 +118,10 @@ mod tests {
         assert!(!watchdog.is_time(at(99), || panic!("not asked before it is time")));
         assert!(watchdog.is_time(at(100), || true));
         assert!(!watchdog.is_time(at(200), || false));
-        assert!(watchdog.is_time(at(210), || true), "told at once when it recovers");
+        assert!(
+            watchdog.is_time(at(210), || true),
+            "told at once when it recovers"
+        );
     }
 
     #[test]
