@@ -113,7 +113,12 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
 }
 
 /// Serves the admin API until `stop`; then gives running requests [`END_TIME_MAX`].
-pub async fn serve<P: Plane>(listener: TcpListener, plane: Arc<P>, token: Secret, stop: impl Future<Output = ()>) {
+pub async fn serve<P: Plane>(
+    listener: TcpListener,
+    plane: Arc<P>,
+    token: Secret,
+    stop: impl Future<Output = ()>,
+) {
     let router = router(plane, &token);
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let (ending, end) = watch::channel(());
@@ -136,11 +141,17 @@ pub async fn serve<P: Plane>(listener: TcpListener, plane: Arc<P>, token: Secret
     drop(listener);
     drop(ending);
     // Those that are not done by then are aborted with the set.
-    let _ = tokio::time::timeout(END_TIME_MAX, async { while connections.join_next().await.is_some() {} }).await;
+    let _ = tokio::time::timeout(END_TIME_MAX, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
 }
 
 /// The next connection, when there is room for it.
-async fn accept(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, tokio::sync::OwnedSemaphorePermit) {
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> (TcpStream, tokio::sync::OwnedSemaphorePermit) {
     /// Out of descriptors or memory: the kernel would say so again at once.
     const PAUSE: Duration = Duration::from_millis(100);
     loop {
@@ -192,7 +203,11 @@ fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
         .route("/kernel/unblock", post(unblock))
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "not_found", "no such path"))
         .method_not_allowed_fallback(async || {
-            Failure::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", "not with this method")
+            Failure::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "not with this method",
+            )
         })
         .layer(middleware::from_fn_with_state(guard, admit))
         .route("/healthz", get(async || "ok\n"))
@@ -211,18 +226,30 @@ async fn admit(State(guard): State<Arc<Guard>>, request: Request, next: Next) ->
     }
     match tokio::time::timeout(REQUEST_TIME_MAX, next.run(request)).await {
         Ok(answer) => answer,
-        Err(_) => Failure::new(StatusCode::REQUEST_TIMEOUT, "timeout", "the request took too long").into_response(),
+        Err(_) => Failure::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "timeout",
+            "the request took too long",
+        )
+        .into_response(),
     }
 }
 
 /// The token of `Authorization: Bearer <token>`; the scheme in any case (RFC 9110, section 11.1).
 fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let (scheme, token) = headers.get(header::AUTHORIZATION)?.to_str().ok()?.split_once(' ')?;
+    let (scheme, token) = headers
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?
+        .split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
 }
 
 async fn metrics(State(plane): State<Arc<dyn Plane>>) -> impl IntoResponse {
-    ([(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)], plane.metrics().await)
+    (
+        [(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)],
+        plane.metrics().await,
+    )
 }
 
 async fn status(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
@@ -283,7 +310,8 @@ fn hold_of(text: &str) -> Result<Duration, Failure> {
 
 /// Reads a JSON body, whatever its `Content-Type` says.
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
-    serde_json::from_slice(body).map_err(|error| Failure::bad_request(format!("the body is not understood: {error}")))
+    serde_json::from_slice(body)
+        .map_err(|error| Failure::bad_request(format!("the body is not understood: {error}")))
 }
 
 /// An answer that says what is wrong.

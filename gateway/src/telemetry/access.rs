@@ -274,9 +274,9 @@ impl AccessLog {
             None => Order::Pause,
         };
         let on = !matches!(order, Order::Pause);
-        self.orders
-            .try_send(order)
-            .map_err(|_| io::Error::new(io::ErrorKind::WouldBlock, "the writer of the access log is stuck"))?;
+        self.orders.try_send(order).map_err(|_| {
+            io::Error::new(io::ErrorKind::WouldBlock, "the writer of the access log is stuck")
+        })?;
         for core in &self.cores {
             core.set_access_log(on);
         }

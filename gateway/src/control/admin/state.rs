@@ -59,11 +59,17 @@ fn add_fields(status: &mut Value, figures: Value) {
 fn about_status(status: &Value) -> String {
     let mut out = Exposition::default();
     let degraded = status["degraded"].as_array().map_or(0, Vec::len);
-    out.gauge("gateway_degraded", "Parts that do not work as they could; `gateway status` names them.")
-        .value(degraded);
+    out.gauge(
+        "gateway_degraded",
+        "Parts that do not work as they could; `gateway status` names them.",
+    )
+    .value(degraded);
     if let Some(generation) = status["config"]["generation"].as_u64() {
-        out.gauge("gateway_config_generation", "Number of the configuration in force; a reload adds one.")
-            .value(generation);
+        out.gauge(
+            "gateway_config_generation",
+            "Number of the configuration in force; a reload adds one.",
+        )
+        .value(generation);
     }
     out.finish()
 }

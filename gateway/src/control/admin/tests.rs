@@ -115,7 +115,10 @@ fn with_server(test: impl AsyncFnOnce(&Server)) {
             stop.send(()).expect("serving");
         };
         tokio::join!(serving, testing);
-        assert!(TcpStream::connect(server.address).await.is_err(), "nothing listens any more");
+        assert!(
+            TcpStream::connect(server.address).await.is_err(),
+            "nothing listens any more"
+        );
     });
 }
 
@@ -126,14 +129,29 @@ fn only_health_goes_without_the_token() {
         let health = server.raw(&format!("GET /healthz HTTP/1.1\r\n{close}\r\n")).await;
         assert_eq!((health.status, health.body.as_str()), (200, "ok\n"));
         for path in ["/metrics", "/status", "/kernel", "/no-such-path"] {
-            for wrong in ["", "authorization: Bearer wrong\r\n", "authorization: Bearer \r\n", "authorization: Basic s3cret\r\n"] {
-                let answer = server.raw(&format!("GET {path} HTTP/1.1\r\n{close}{wrong}\r\n")).await;
+            for wrong in [
+                "",
+                "authorization: Bearer wrong\r\n",
+                "authorization: Bearer \r\n",
+                "authorization: Basic s3cret\r\n",
+            ] {
+                let answer = server
+                    .raw(&format!("GET {path} HTTP/1.1\r\n{close}{wrong}\r\n"))
+                    .await;
                 assert_eq!(answer.status, 401, "{path} {wrong}");
                 assert_eq!(answer.json()["error"]["code"], "unauthorized");
-                assert!(answer.head.contains("www-authenticate: bearer"), "{}", answer.head);
+                assert!(
+                    answer.head.contains("www-authenticate: bearer"),
+                    "{}",
+                    answer.head
+                );
             }
         }
-        let answer = server.raw(&format!("POST /reload HTTP/1.1\r\n{close}content-length: 0\r\n\r\n")).await;
+        let answer = server
+            .raw(&format!(
+                "POST /reload HTTP/1.1\r\n{close}content-length: 0\r\n\r\n"
+            ))
+            .await;
         assert_eq!(answer.status, 401);
         assert!(server.plane.calls.lock().expect("calls").is_empty());
     });
@@ -144,7 +162,11 @@ fn state_and_metrics_are_shown() {
     with_server(async |server| {
         let metrics = server.ask("GET /metrics", "").await;
         assert_eq!((metrics.status, metrics.body.as_str()), (200, "gateway_up 1\n"));
-        assert!(metrics.head.contains("text/plain; version=0.0.4"), "{}", metrics.head);
+        assert!(
+            metrics.head.contains("text/plain; version=0.0.4"),
+            "{}",
+            metrics.head
+        );
         assert_eq!(server.ask("GET /status", "").await.json()["state"], "running");
         assert_eq!(server.ask("GET /kernel", "").await.json()["loaded"], false);
     });
@@ -155,7 +177,10 @@ fn a_refused_reload_says_why() {
     with_server(async |server| {
         let answer = server.ask("POST /reload", "").await;
         assert_eq!(answer.status, 422);
-        assert_eq!(answer.json()["error"]["message"], "line 3: unknown field `modles`");
+        assert_eq!(
+            answer.json()["error"]["message"],
+            "line 3: unknown field `modles`"
+        );
         assert_eq!(server.ask("GET /reload", "").await.status, 405);
     });
 }
@@ -166,15 +191,33 @@ fn clients_are_blocked_and_unblocked() {
         let block = server
             .ask("POST /kernel/block", r#"{"client": "203.0.113.7", "for": "1h"}"#)
             .await;
-        assert_eq!((block.status, block.json()["seconds"].as_u64()), (200, Some(3600)));
+        assert_eq!(
+            (block.status, block.json()["seconds"].as_u64()),
+            (200, Some(3600))
+        );
         let mapped = r#"{"client": "::ffff:203.0.113.8"}"#;
-        assert_eq!(server.ask("POST /kernel/block", mapped).await.json()["seconds"], 600);
-        let exempt = server.ask("POST /kernel/block", r#"{"client": "127.0.0.1"}"#).await;
-        assert_eq!((exempt.status, &exempt.json()["error"]["message"]), (409, &json!("exempt")));
-        let unblock = server.ask("POST /kernel/unblock", r#"{"client": "2001:db8::1"}"#).await;
+        assert_eq!(
+            server.ask("POST /kernel/block", mapped).await.json()["seconds"],
+            600
+        );
+        let exempt = server
+            .ask("POST /kernel/block", r#"{"client": "127.0.0.1"}"#)
+            .await;
+        assert_eq!(
+            (exempt.status, &exempt.json()["error"]["message"]),
+            (409, &json!("exempt"))
+        );
+        let unblock = server
+            .ask("POST /kernel/unblock", r#"{"client": "2001:db8::1"}"#)
+            .await;
         assert_eq!(unblock.json()["was_blocked"], true);
         let calls = server.plane.calls.lock().expect("calls").clone();
-        let wanted = ["block 203.0.113.7 3600", "block 203.0.113.8 600", "block 127.0.0.1 600", "unblock 2001:db8::1"];
+        let wanted = [
+            "block 203.0.113.7 3600",
+            "block 203.0.113.8 600",
+            "block 127.0.0.1 600",
+            "unblock 2001:db8::1",
+        ];
         assert_eq!(calls, wanted);
     });
 }
@@ -192,7 +235,11 @@ fn what_is_not_understood_changes_nothing() {
             r#"{"client": "203.0.113.7", "four": "1h"}"#,
         ] {
             let answer = server.ask("POST /kernel/block", body).await;
-            assert_eq!((answer.status, &answer.json()["error"]["code"]), (400, &json!("bad_request")), "{body}");
+            assert_eq!(
+                (answer.status, &answer.json()["error"]["code"]),
+                (400, &json!("bad_request")),
+                "{body}"
+            );
         }
         let large = format!("{{\"client\": \"{}\"}}", "1".repeat(BODY_BYTES_MAX));
         assert_eq!(server.ask("POST /kernel/block", &large).await.status, 413);
