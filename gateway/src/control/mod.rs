@@ -160,16 +160,10 @@ impl Gateway {
         let api = admin::serve(admin, state.clone(), token, async {
             let _ = admin_stopped.await;
         });
-        let api = tokio::task::spawn_local(api);
-        notify::ready(&state.summary());
-        let lived = {
-            let watched = state.clone();
-            let watchdog = notify::watchdog(move || watched.cores_are_alive(HEARTBEAT_MS_MAX));
-            tokio::select! {
-                lived = live(&state, &threads, drain) => lived,
-                () = forever(watchdog) => Ok(()),
-            }
-        };
+        let api = tokio::spawn(api);
+        notify::ready();
+        notify::status(&state.summary());
+        let lived = live(&state, &threads, drain).await;
         let _ = stop_admin.send(());
         // An open scrape does not hold up the end.
         let _ = tokio::time::timeout(Duration::from_millis(500), api).await;
@@ -244,6 +238,7 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut watchdog = notify::Watchdog::new();
     let mut deadline = None;
     loop {
         let asked_to_end = tokio::select! {
@@ -260,6 +255,7 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
             deadline = Some(end(state, deadline, drain));
         }
         state.tick();
+        watchdog.beat(|| state.cores_are_alive(HEARTBEAT_MS_MAX));
         if threads.all_ended() && deadline.is_some() {
             return Ok(());
         }
@@ -278,18 +274,12 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
     }
 }
 
-/// A task that may end early, as one that does not.
-async fn forever(task: impl Future<Output = ()>) {
-    task.await;
-    std::future::pending().await
-}
-
 /// A signal to end: the first drains, the second stops. Returns until when.
 fn end(state: &State, deadline: Option<Instant>, drain: Duration) -> Instant {
     if deadline.is_some() {
         return stop(state);
     }
-    notify::stopping("draining");
+    notify::stopping();
     tracing::info!(
         seconds = drain.as_secs(),
         "draining: no new connections, running requests go on"

@@ -15,13 +15,13 @@ use crate::{
     core::Shared,
     fleet::resolve::Resolver,
     kernel::{BlockError, Kernel},
-    ledger::Ledger,
+    ledger::{Counters, Ledger},
     net::{clock, runtime::Engine, tls},
     serve::snapshot::{Registry, Snapshot},
     telemetry::{
         self,
         access::{AccessLog, Destination},
-        logging, prometheus,
+        logging,
     },
 };
 
@@ -34,7 +34,6 @@ pub struct State {
     pub engine: Engine,
     path: PathBuf,
     started: Instant,
-    started_unix_s: u64,
     ledger: Arc<Ledger>,
     log: AccessLog,
     resolver: Resolver,
@@ -72,7 +71,6 @@ impl State {
             engine,
             path,
             started: Instant::now(),
-            started_unix_s: clock::unix_ms() / 1000,
             ledger,
             log,
             resolver,
@@ -149,7 +147,8 @@ impl State {
         if let Err(error) = &result {
             tracing::error!("the new configuration is refused, the old one stays: {error}");
         }
-        notify::ready(&self.summary());
+        notify::ready();
+        notify::status(&self.summary());
         result
     }
 
@@ -274,104 +273,9 @@ impl State {
         degraded
     }
 
-    /// Prometheus text: what the cores counted, what the kernel did, what the ledger keeps.
-    pub async fn metrics(&self) -> String {
-        let latencies = telemetry::latencies(&self.shared.cores).await;
-        let sources = prometheus::Sources {
-            version: env!("CARGO_PKG_VERSION"),
-            start_unix_s: self.started_unix_s,
-            now_ms: clock::monotonic_ns() / 1_000_000,
-            cores: &self.shared.cores,
-            latencies: &latencies,
-        };
-        let mut out = prometheus::Exposition::default();
-        prometheus::write(&sources, &mut out);
-        self.write_kernel(&mut out);
-        self.write_ledger(&mut out);
-        out.finish()
-    }
-
-    fn write_kernel(&self, out: &mut prometheus::Exposition) {
-        let kernel = self.kernel().ok();
-        out.gauge("gateway_kernel_loaded", "1 when the eBPF programs are loaded.")
-            .value(u8::from(kernel.is_some()));
-        let Some(kernel) = kernel else { return };
-        let stats = kernel.stats();
-        let blocked = kernel.blocked().len();
-        drop(kernel);
-        let mut counter = |name, help, value: u64| out.counter(name, help).value(value);
-        counter(
-            "gateway_kernel_dropped_total",
-            "Connection attempts refused in the kernel.",
-            stats.dropped,
-        );
-        counter(
-            "gateway_kernel_would_drop_total",
-            "Attempts that observe mode let in.",
-            stats.would_drop,
-        );
-        counter(
-            "gateway_kernel_steered_total",
-            "Attempts steered to a core.",
-            stats.steered,
-        );
-        counter(
-            "gateway_kernel_opened_total",
-            "Client connections established, as TCP saw them.",
-            stats.opened,
-        );
-        counter(
-            "gateway_kernel_closed_total",
-            "Client connections ended, as TCP saw them.",
-            stats.closed,
-        );
-        counter(
-            "gateway_kernel_retransmits_total",
-            "Segments sent again to clients.",
-            stats.retransmits,
-        );
-        out.gauge("gateway_kernel_blocked_clients", "Client addresses blocked now.")
-            .value(blocked);
-    }
-
-    fn write_ledger(&self, out: &mut prometheus::Exposition) {
-        let status = self.ledger.status();
-        out.counter("gateway_ledger_records_total", "Records written.")
-            .value(status.records);
-        out.counter(
-            "gateway_ledger_torn_total",
-            "Places in the journal without a whole record.",
-        )
-        .value(status.torn);
-        out.counter("gateway_ledger_errors_total", "Failed operations on files.")
-            .value(status.io_errors);
-        out.gauge(
-            "gateway_ledger_unsynced_bytes",
-            "Bytes that a power cut would take now.",
-        )
-        .value(status.unsynced_bytes);
-        let totals = self.ledger.totals();
-        let mut family = out.counter(
-            "gateway_model_requests_total",
-            "Requests recorded, by key and model.",
-        );
-        for (key, model, counters) in &totals {
-            family.sample(&[("key", key), ("model", model)], counters.requests);
-        }
-        let mut family = out.counter(
-            "gateway_model_tokens_total",
-            "Tokens recorded, by key, model and kind.",
-        );
-        for (key, model, counters) in &totals {
-            family.sample(
-                &[("key", key), ("model", model), ("kind", "input")],
-                counters.prompt_tokens,
-            );
-            family.sample(
-                &[("key", key), ("model", model), ("kind", "output")],
-                counters.completion_tokens,
-            );
-        }
+    /// Sums by key and model since the start, of what the ledger has folded.
+    pub fn model_totals(&self) -> Vec<(String, String, Counters)> {
+        self.ledger.totals()
     }
 
     /// The kernel plane in detail, for `gateway kernel status`.
