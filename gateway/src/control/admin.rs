@@ -1,19 +1,349 @@
-//! stub
-use crate::config::{Config, units::Secret};
-use std::{future::Future, sync::Arc};
-pub fn token(_c: &Config) -> anyhow::Result<Secret> {
-    Ok(Secret::new("x"))
+//! The admin API: health, metrics, state, reload and the kernel's blocks, over plain HTTP for the
+//! operator's side of the network.
+//!
+//! | Request                | Answer                                                        |
+//! |------------------------|---------------------------------------------------------------|
+//! | `GET /healthz`         | `ok` while the control thread runs; the one without a token   |
+//! | `GET /metrics`         | Prometheus text                                               |
+//! | `GET /status`          | the state as JSON                                             |
+//! | `POST /reload`         | puts the configuration file in force; 422 where it is wrong   |
+//! | `GET /kernel`          | the kernel plane in detail                                    |
+//! | `POST /kernel/block`   | `{"client": "203.0.113.7", "for": "10m"}`                     |
+//! | `POST /kernel/unblock` | `{"client": "203.0.113.7"}`                                   |
+//!
+//! Errors are `{"error": {"code": …, "message": …}}`. Everything is bounded: connections, the time
+//! for a head and for a request, the size of heads and bodies.
+
+mod state;
+#[cfg(test)]
+mod tests;
+mod token;
+
+use std::{
+    future::Future,
+    net::{IpAddr, SocketAddr},
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use axum::{
+    Json, Router,
+    body::Bytes,
+    extract::{DefaultBodyLimit, Request, State},
+    http::{HeaderMap, StatusCode, header},
+    middleware::{self, Next},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
+
+use crate::{
+    config::units::{Secret, parse_span},
+    telemetry::prometheus,
+};
+use token::Guard;
+
+pub use token::{token, token_path};
+
+/// Connections at the same time; more wait in the listener's queue. A scraper and a few people.
+const CONNECTIONS_MAX: usize = 64;
+
+/// Longest time for a head, and for which an idle connection is kept. Twice the usual interval of
+/// scrapes, so that a scraper keeps its connection.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(30);
+
+/// Longest time from head to answer.
+const REQUEST_TIME_MAX: Duration = Duration::from_secs(10);
+
+/// Largest head, bytes.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// Largest body, bytes. The largest that makes sense is a few hundred.
+const BODY_BYTES_MAX: usize = 64 * 1024;
+
+/// How long running requests may go on after the end was asked for.
+const END_TIME_MAX: Duration = Duration::from_millis(300);
+
+/// How long a client is blocked by hand when the request does not say.
+const BLOCK_DEFAULT: Duration = Duration::from_secs(600);
+
+/// Longest block by hand. What shall last longer belongs into a firewall.
+const BLOCK_MAX: Duration = Duration::from_secs(30 * 86_400);
+
+/// A future that a [`Plane`] gives.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// What the admin API shows and moves.
+pub trait Plane: Send + Sync + 'static {
+    /// The state, for `gateway status`.
+    fn status(&self) -> BoxFuture<'_, Value>;
+    /// Prometheus text.
+    fn metrics(&self) -> BoxFuture<'_, String>;
+    /// Puts the configuration file in force; says what happened, or why nothing did.
+    fn reload(&self) -> Result<String, String>;
+    /// The kernel plane in detail.
+    fn kernel_status(&self) -> Value;
+    /// Drops a client's new connections for this long; or says why not.
+    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String>;
+    /// Lifts a block; false where there was none.
+    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String>;
 }
-pub fn bind(a: std::net::SocketAddr) -> anyhow::Result<std::net::TcpListener> {
-    let l = std::net::TcpListener::bind(a)?;
-    l.set_nonblocking(true)?;
-    Ok(l)
+
+/// Binds the admin API's address.
+///
+/// # Errors
+/// The address is in use, or not of this host.
+pub fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
+    let listener = std::net::TcpListener::bind(address)
+        .with_context(|| format!("cannot listen at admin.address {address}"))?;
+    listener.set_nonblocking(true)?;
+    Ok(listener)
 }
-pub async fn serve(
-    _l: tokio::net::TcpListener,
-    _p: Arc<super::plane::State>,
-    _t: Secret,
+
+/// Serves the admin API until `stop`; then gives running requests [`END_TIME_MAX`].
+pub async fn serve<P: Plane>(
+    listener: TcpListener,
+    plane: Arc<P>,
+    token: Secret,
     stop: impl Future<Output = ()>,
 ) {
-    stop.await
+    let router = router(plane, &token);
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (ending, end) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut stop = pin!(stop);
+    loop {
+        let accepted = tokio::select! {
+            () = &mut stop => break,
+            accepted = accept(&listener, &room) => accepted,
+            // Ended ones are taken off, so that the set does not grow.
+            Some(_) = connections.join_next() => continue,
+        };
+        let (stream, place) = accepted;
+        let connection = serve_connection(stream, router.clone(), end.clone());
+        connections.spawn(async move {
+            connection.await;
+            drop(place);
+        });
+    }
+    drop(listener);
+    drop(ending);
+    // Those that are not done by then are aborted with the set.
+    let _ = tokio::time::timeout(END_TIME_MAX, async {
+        while connections.join_next().await.is_some() {}
+    })
+    .await;
+}
+
+/// The next connection, when there is room for it.
+async fn accept(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> (TcpStream, tokio::sync::OwnedSemaphorePermit) {
+    /// Out of descriptors or memory: the kernel would say so again at once.
+    const PAUSE: Duration = Duration::from_millis(100);
+    loop {
+        let Ok(place) = room.clone().acquire_owned().await else {
+            // The semaphore is never closed.
+            std::future::pending::<()>().await;
+            continue;
+        };
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, place),
+            Err(error) => {
+                tracing::warn!(%error, "the admin API cannot accept a connection");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn serve_connection(stream: TcpStream, router: Router, mut end: watch::Receiver<()>) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIME_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
+    let mut connection = pin!(connection);
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        _ = end.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%error, "a connection of the admin API ended early");
+    }
+}
+
+/// The routes. What is not `/healthz` passes the guard first, also what does not exist: a stranger
+/// does not learn which paths there are.
+fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
+    let plane: Arc<dyn Plane> = plane;
+    let guard = Arc::new(Guard::new(token));
+    Router::new()
+        .route("/metrics", get(metrics))
+        .route("/status", get(status))
+        .route("/reload", post(reload))
+        .route("/kernel", get(kernel))
+        .route("/kernel/block", post(block))
+        .route("/kernel/unblock", post(unblock))
+        .fallback(async || Failure::new(StatusCode::NOT_FOUND, "not_found", "no such path"))
+        .method_not_allowed_fallback(async || {
+            Failure::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "not with this method",
+            )
+        })
+        .layer(middleware::from_fn_with_state(guard, admit))
+        .route("/healthz", get(async || "ok\n"))
+        .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
+        .with_state(plane)
+}
+
+/// Lets requests with the token through, for a bounded time.
+async fn admit(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
+    if !guard.admits(bearer(request.headers())) {
+        let message = "the admin token is missing or wrong; send `Authorization: Bearer <token>`";
+        let mut answer = Failure::new(StatusCode::UNAUTHORIZED, "unauthorized", message).into_response();
+        let challenge = header::HeaderValue::from_static("Bearer");
+        answer.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+        return answer;
+    }
+    match tokio::time::timeout(REQUEST_TIME_MAX, next.run(request)).await {
+        Ok(answer) => answer,
+        Err(_) => Failure::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "timeout",
+            "the request took too long",
+        )
+        .into_response(),
+    }
+}
+
+/// The token of `Authorization: Bearer <token>`; the scheme in any case (RFC 9110, section 11.1).
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let (scheme, token) = headers
+        .get(header::AUTHORIZATION)?
+        .to_str()
+        .ok()?
+        .split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+async fn metrics(State(plane): State<Arc<dyn Plane>>) -> impl IntoResponse {
+    (
+        [(header::CONTENT_TYPE, prometheus::CONTENT_TYPE)],
+        plane.metrics().await,
+    )
+}
+
+async fn status(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
+    Json(plane.status().await)
+}
+
+async fn reload(State(plane): State<Arc<dyn Plane>>) -> Result<Json<Value>, Failure> {
+    let message = plane.reload().map_err(|reason| {
+        tracing::warn!("a reload by the admin API is refused, the old configuration stays: {reason}");
+        Failure::new(StatusCode::UNPROCESSABLE_ENTITY, "configuration_refused", reason)
+    })?;
+    Ok(Json(json!({ "message": message })))
+}
+
+async fn kernel(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
+    Json(plane.kernel_status())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Block {
+    client: IpAddr,
+    #[serde(rename = "for")]
+    hold: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Unblock {
+    client: IpAddr,
+}
+
+async fn block(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
+    let block: Block = parse(&body)?;
+    let hold = block.hold.as_deref().map_or(Ok(BLOCK_DEFAULT), hold_of)?;
+    let client = block.client.to_canonical();
+    plane.kernel_block(client, hold).map_err(Failure::conflict)?;
+    tracing::info!(%client, seconds = hold.as_secs(), "client blocked by hand");
+    Ok(Json(json!({ "client": client, "seconds": hold.as_secs() })))
+}
+
+async fn unblock(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
+    let unblock: Unblock = parse(&body)?;
+    let client = unblock.client.to_canonical();
+    let was_blocked = plane.kernel_unblock(client).map_err(Failure::conflict)?;
+    tracing::info!(%client, was_blocked, "client unblocked by hand");
+    Ok(Json(json!({ "client": client, "was_blocked": was_blocked })))
+}
+
+/// Reads how long a block shall last.
+fn hold_of(text: &str) -> Result<Duration, Failure> {
+    let hold = parse_span(text).map_err(Failure::bad_request)?.0;
+    match (Duration::from_secs(1)..=BLOCK_MAX).contains(&hold) {
+        true => Ok(hold),
+        false => Err(Failure::bad_request("`for` must be from 1s to 30d")),
+    }
+}
+
+/// Reads a JSON body, whatever its `Content-Type` says.
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
+    serde_json::from_slice(body)
+        .map_err(|error| Failure::bad_request(format!("the body is not understood: {error}")))
+}
+
+/// An answer that says what is wrong.
+#[derive(Debug)]
+struct Failure {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+}
+
+impl Failure {
+    fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Failure {
+        Failure {
+            status,
+            code,
+            message: message.into(),
+        }
+    }
+
+    fn bad_request(message: impl Into<String>) -> Failure {
+        Failure::new(StatusCode::BAD_REQUEST, "bad_request", message)
+    }
+
+    /// The kernel plane is off, or the client is exempt: asking again changes nothing by itself.
+    fn conflict(message: String) -> Failure {
+        Failure::new(StatusCode::CONFLICT, "kernel", message)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let body = json!({ "error": { "code": self.code, "message": self.message } });
+        (self.status, Json(body)).into_response()
+    }
 }

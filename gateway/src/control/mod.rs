@@ -160,10 +160,10 @@ impl Gateway {
         let api = admin::serve(admin, state.clone(), token, async {
             let _ = admin_stopped.await;
         });
-        let api = tokio::task::spawn_local(api);
+        let api = tokio::spawn(api);
         notify::ready();
+        notify::status(&state.summary());
         let lived = live(&state, &threads, drain).await;
-        notify::stopping();
         let _ = stop_admin.send(());
         // An open scrape does not hold up the end.
         let _ = tokio::time::timeout(Duration::from_millis(500), api).await;
@@ -244,9 +244,8 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
         let asked_to_end = tokio::select! {
             _ = ticks.tick() => false,
             _ = hangup.recv() => {
-                if let Err(error) = state.reload() {
-                    tracing::error!("the new configuration is refused, the old one stays: {error}");
-                }
+                // The reason of a refusal is in the log.
+                let _ = state.reload();
                 false
             }
             _ = terminate.recv() => true,

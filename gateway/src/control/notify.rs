@@ -2,13 +2,16 @@
 //!
 //! Not run by systemd (`$NOTIFY_SOCKET` unset), everything here does nothing.
 
-use std::{io, time::Duration};
+use std::{
+    io,
+    time::{Duration, Instant},
+};
 
 use sd_notify::NotifyState;
 
-/// The service is up: its listeners accept. `status` is what `systemctl status` shows.
-pub fn ready(status: &str) {
-    send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
+/// The service is up: its listeners accept. Also the end of a reload.
+pub fn ready() {
+    send(&[NotifyState::Ready]);
 }
 
 /// A reload begins. Follow with [`ready`] when it is done, whether it changed anything or was refused.
@@ -21,45 +24,65 @@ pub fn reloading() {
 }
 
 /// The service is about to end; it drains first.
-pub fn stopping(status: &str) {
-    send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
+pub fn stopping() {
+    send(&[NotifyState::Stopping]);
 }
 
-/// Changes what `systemctl status` shows.
+/// Sets the line that `systemctl status` shows.
 pub fn status(status: &str) {
     send(&[NotifyState::Status(&one_line(status))]);
 }
 
-/// How long systemd waits for a sign of life before it restarts the service (`WatchdogSec=`); none
-/// when it does not watch.
-pub fn watchdog_period() -> Option<Duration> {
-    sd_notify::watchdog_enabled().filter(|period| !period.is_zero())
-}
-
-/// Tells systemd twice a period that the service is alive, as long as `healthy` says so. Returns at
-/// once when systemd does not watch; else runs until dropped.
+/// Shows systemd that the service is alive, as long as it is.
 ///
-/// `healthy` says whether every core has beaten lately. When one has not, nothing is sent, and if
-/// that lasts systemd restarts the service: a core that hangs holds clients that nobody serves.
-pub async fn watchdog(healthy: impl Fn() -> bool) {
-    if let Some(period) = watchdog_period() {
-        watch(period / 2, healthy, || send(&[NotifyState::Watchdog])).await;
-    }
+/// systemd restarts a service of which it hears nothing for `WatchdogSec=`. That is right for a
+/// gateway with a core that hangs: it holds clients that nobody serves.
+#[derive(Debug)]
+pub struct Watchdog {
+    /// Half of systemd's patience; none when it does not watch.
+    every: Option<Duration>,
+    last: Option<Instant>,
+    was_healthy: bool,
 }
 
-async fn watch(every: Duration, healthy: impl Fn() -> bool, alive: impl Fn()) {
-    let mut ticks = tokio::time::interval(every);
-    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    let mut was_healthy = true;
-    loop {
-        ticks.tick().await;
+impl Watchdog {
+    /// Reads from the environment whether and how often systemd wants to hear something.
+    #[allow(clippy::new_without_default)] // reads the environment, which a default should not
+    pub fn new() -> Watchdog {
+        let period = sd_notify::watchdog_enabled().filter(|period| !period.is_zero());
+        Watchdog::every(period.map(|period| period / 2))
+    }
+
+    fn every(every: Option<Duration>) -> Watchdog {
+        Watchdog {
+            every,
+            last: None,
+            was_healthy: true,
+        }
+    }
+
+    /// Tells systemd that all is well, when it is time to and `healthy` says so. The control thread
+    /// calls this in its tick, however often that is.
+    pub fn beat(&mut self, healthy: impl FnOnce() -> bool) {
+        if self.is_time(Instant::now(), healthy) {
+            send(&[NotifyState::Watchdog]);
+        }
+    }
+
+    fn is_time(&mut self, now: Instant, healthy: impl FnOnce() -> bool) -> bool {
+        let Some(every) = self.every else { return false };
+        if self.last.is_some_and(|last| now.duration_since(last) < every) {
+            return false;
+        }
         let is_healthy = healthy();
-        if is_healthy {
-            alive();
-        } else if was_healthy {
+        if !is_healthy && self.was_healthy {
             tracing::error!("a core shows no sign of life; the watchdog is not told that all is well");
         }
-        was_healthy = is_healthy;
+        self.was_healthy = is_healthy;
+        if is_healthy {
+            self.last = Some(now);
+        }
+        is_healthy
     }
 }
 
@@ -79,8 +102,6 @@ fn send(state: &[NotifyState<'_>]) {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
-
     use super::*;
 
     #[test]
@@ -89,27 +110,23 @@ mod tests {
     }
 
     #[test]
-    fn life_is_shown_only_while_healthy() {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
-            .build()
-            .expect("runtime");
-        let (asked, shown) = (Cell::new(0), Cell::new(0));
-        runtime.block_on(async {
-            let healthy = || {
-                asked.set(asked.get() + 1);
-                asked.get() % 2 == 1
-            };
-            let done = async {
-                while asked.get() < 6 {
-                    tokio::task::yield_now().await;
-                }
-            };
-            tokio::select! {
-                () = watch(Duration::from_millis(1), healthy, || shown.set(shown.get() + 1)) => {}
-                () = done => {}
-            }
-        });
-        assert_eq!((asked.get(), shown.get()), (6, 3));
+    fn life_is_shown_when_due_and_only_while_healthy() {
+        let start = Instant::now();
+        let at = |ms| start + Duration::from_millis(ms);
+        let mut watchdog = Watchdog::every(Some(Duration::from_millis(100)));
+        assert!(watchdog.is_time(at(0), || true));
+        assert!(!watchdog.is_time(at(99), || panic!("not asked before it is time")));
+        assert!(watchdog.is_time(at(100), || true));
+        assert!(!watchdog.is_time(at(200), || false));
+        assert!(
+            watchdog.is_time(at(210), || true),
+            "told at once when it recovers"
+        );
+    }
+
+    #[test]
+    fn nothing_is_shown_when_nobody_watches() {
+        let mut watchdog = Watchdog::every(None);
+        assert!(!watchdog.is_time(Instant::now(), || panic!("not asked")));
     }
 }

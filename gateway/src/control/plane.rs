@@ -9,18 +9,19 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::listen::SharedTls;
+use super::{listen::SharedTls, notify};
 use crate::{
     config::{self, Config, schema::KernelMode},
     core::Shared,
     fleet::resolve::Resolver,
     kernel::{BlockError, Kernel},
-    ledger::Ledger,
+    ledger::{Counters, Ledger},
     net::{clock, runtime::Engine, tls},
     serve::snapshot::{Registry, Snapshot},
     telemetry::{
+        self,
         access::{AccessLog, Destination},
-        logging, prometheus,
+        logging,
     },
 };
 
@@ -141,6 +142,27 @@ impl State {
     /// # Errors
     /// What is wrong with the file; then nothing has changed.
     pub fn reload(&self) -> Result<String, String> {
+        notify::reloading();
+        let result = self.try_reload();
+        if let Err(error) = &result {
+            tracing::error!("the new configuration is refused, the old one stays: {error}");
+        }
+        notify::ready();
+        notify::status(&self.summary());
+        result
+    }
+
+    /// What systemd shows of the service.
+    pub fn summary(&self) -> String {
+        let cores = self.shared.cores.len();
+        let generation = self.shared.snapshot.load().generation;
+        format!(
+            "serving on {cores} cores ({}), configuration generation {generation}",
+            self.engine.name()
+        )
+    }
+
+    fn try_reload(&self) -> Result<String, String> {
         let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
@@ -202,7 +224,7 @@ impl State {
     /// The gateway's state, for `gateway status`.
     pub fn status(&self) -> Value {
         let inner = self.inner();
-        let totals = prometheus::totals(&self.shared.cores);
+        let totals = telemetry::totals(&self.shared.cores);
         let snapshot = self.shared.snapshot.load();
         json!({
             "version": env!("CARGO_PKG_VERSION"),
@@ -249,6 +271,11 @@ impl State {
             degraded.push(format!("ledger: {error}"));
         }
         degraded
+    }
+
+    /// Sums by key and model since the start, of what the ledger has folded.
+    pub fn model_totals(&self) -> Vec<(String, String, Counters)> {
+        self.ledger.totals()
     }
 
     /// The kernel plane in detail, for `gateway kernel status`.

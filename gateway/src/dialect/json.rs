@@ -82,7 +82,7 @@ impl<'a> Member<'a> {
         }
         const TWO_POW_64: f64 = 18_446_744_073_709_551_616.0;
         let number: f64 = text.parse().ok()?;
-        let is_whole = number >= 0.0 && number < TWO_POW_64 && number.fract() == 0.0;
+        let is_whole = (0.0..TWO_POW_64).contains(&number) && number.fract() == 0.0;
         is_whole.then_some(number as u64)
     }
 

@@ -30,6 +30,8 @@ pub struct Meter {
     ready: Vec<u8>,
     /// The event is longer than [`EVENT_BYTES_MAX`]; `carry` holds its latest part only.
     is_long: bool,
+    /// The event before this one was hidden.
+    was_hidden: bool,
     /// Joins the data of an event with several `data:` lines.
     joined: Vec<u8>,
     pub seen: Seen,
@@ -71,6 +73,7 @@ impl Meter {
             carry: Vec::new(),
             ready: Vec::new(),
             is_long: false,
+            was_hidden: false,
             joined: Vec::new(),
             seen: Seen::default(),
         }
@@ -133,13 +136,15 @@ impl Meter {
                 self.end_held(&payload[event]);
                 continue;
             }
-            if !self.look(&payload[event.clone()]) {
-                event.end = event.start + line_end_before(&payload[event.clone()]);
-            }
+            let shown = self.look(&payload[event.clone()]);
+            let part = self.shown_part(&payload[event.clone()], shown);
+            event = event.start + part.start..event.start + part.end;
             if kept.is_empty() {
                 kept = event;
             } else {
-                payload.copy_within(event.clone(), kept.end);
+                if kept.end != event.start {
+                    payload.copy_within(event.clone(), kept.end);
+                }
                 kept.end += event.len();
             }
         }
@@ -159,12 +164,23 @@ impl Meter {
         if was_long {
             // Its beginning has been passed on already.
             self.ready.extend_from_slice(last);
-        } else if shown {
-            std::mem::swap(&mut self.ready, &mut self.carry);
+            self.was_hidden = false;
         } else {
-            self.ready.extend_from_slice(&self.carry[..line_end_before(&self.carry)]);
+            let carry = std::mem::take(&mut self.carry);
+            let part = self.shown_part(&carry, shown);
+            self.ready.extend_from_slice(&carry[part]);
+            self.carry = carry;
         }
         self.reset_carry();
+    }
+
+    /// The part of an event that the client gets. An LF at its beginning is the rest of the CRLF that ended the event
+    /// before, and goes where that one went.
+    fn shown_part(&mut self, event: &[u8], shown: bool) -> Range<usize> {
+        let line_end = usize::from(event.first() == Some(&b'\n'));
+        let start = if self.was_hidden { line_end } else { 0 };
+        self.was_hidden = !shown;
+        start..if shown { event.len() } else { line_end }
     }
 
     /// Keeps the beginning of an event until it is whole, or passes it on where it grows too long.
@@ -229,7 +245,9 @@ impl Meter {
 
     /// Takes the usage of an event; true when it tells nothing else and is to be hidden.
     fn look_for_usage(&mut self, event: &[u8]) -> bool {
-        let Some(data) = sse::data(event).payload(&mut self.joined) else { return false };
+        let Some(data) = sse::data(event).payload(&mut self.joined) else {
+            return false;
+        };
         if let Some(usage) = usage::find(self.api, data) {
             self.seen.usage = Some(usage);
         }
@@ -281,11 +299,6 @@ impl Meter {
         seen.events += 1;
         seen.bytes += bytes;
     }
-}
-
-/// Bytes at the beginning of an event that belong to the one before: the LF of a CRLF whose CR ended it.
-fn line_end_before(event: &[u8]) -> usize {
-    usize::from(event.first() == Some(&b'\n'))
 }
 
 #[cfg(test)]

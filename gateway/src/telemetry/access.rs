@@ -6,14 +6,12 @@ use std::{
     io::{self, BufWriter, Write},
     net::IpAddr,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
-    },
+    sync::Arc,
     thread::JoinHandle,
     time::Duration,
 };
 
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, bounded};
 use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use super::CoreShared;
@@ -22,6 +20,13 @@ use crate::{dialect::Usage, ledger::record::RequestId};
 /// How often the queues are emptied. With [`crate::bounds::ACCESS_LOG_QUEUE`] entries a core may log
 /// 80,000 requests a second before any is dropped.
 const DRAIN_EVERY: Duration = Duration::from_millis(100);
+
+/// Orders that may wait for the writer. More wait only where its destination takes nothing.
+const ORDERS_MAX: usize = 8;
+
+/// Longest wait for the writer to hand over what is queued. A pipe that nobody reads must not keep
+/// the process from ending.
+const FLUSH_WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// A short text of at most `N` bytes (at most 255) that lives where it stands, without allocation.
 #[derive(Clone, Copy)]
@@ -218,6 +223,8 @@ fn append(path: &Path) -> io::Result<File> {
 pub struct AccessLog {
     cores: Vec<Arc<CoreShared>>,
     orders: Sender<Order>,
+    /// Disconnected when the thread has ended.
+    ended: Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -233,7 +240,8 @@ impl AccessLog {
     /// # Errors
     /// The file cannot be opened for appending, or the thread not be started.
     pub fn start(cores: Vec<Arc<CoreShared>>, destination: &Destination) -> io::Result<AccessLog> {
-        let (orders, inbox) = channel();
+        let (orders, inbox) = bounded(ORDERS_MAX);
+        let (alive, ended) = bounded::<()>(1);
         let mut writer = Writer {
             cores: cores.clone(),
             out: None,
@@ -241,10 +249,14 @@ impl AccessLog {
         };
         let thread = std::thread::Builder::new()
             .name("access-log".into())
-            .spawn(move || writer.run(&inbox))?;
+            .spawn(move || {
+                writer.run(&inbox);
+                drop(alive);
+            })?;
         let log = AccessLog {
             cores,
             orders,
+            ended,
             thread: Some(thread),
         };
         log.reopen(destination)?;
@@ -255,36 +267,38 @@ impl AccessLog {
     /// which has moved the file away. When that fails the old one stays in use.
     ///
     /// # Errors
-    /// The file cannot be opened for appending.
+    /// The file cannot be opened for appending, or the writer is stuck in its old destination.
     pub fn reopen(&self, destination: &Destination) -> io::Result<()> {
         let order = match destination.open()? {
             Some(out) => Order::Write(destination.clone(), out),
             None => Order::Pause,
         };
         let on = !matches!(order, Order::Pause);
-        // The thread ends only when this sender is dropped.
-        let _ = self.orders.send(order);
+        self.orders.try_send(order).map_err(|_| {
+            io::Error::new(io::ErrorKind::WouldBlock, "the writer of the access log is stuck")
+        })?;
         for core in &self.cores {
             core.set_access_log(on);
         }
         Ok(())
     }
 
-    /// Waits until everything that is queued now is handed to the operating system. For tests and
-    /// for the end of the process; blocks.
+    /// Waits until everything that is queued now is handed to the operating system, at most
+    /// [`FLUSH_WAIT_MAX`]. For tests and for the end of the process; blocks.
     pub fn flush(&self) {
-        let (done, wait) = channel();
-        if self.orders.send(Order::Flush(done)).is_ok() {
-            let _ = wait.recv();
+        let (done, wait) = bounded(1);
+        if self.orders.try_send(Order::Flush(done)).is_ok() {
+            let _ = wait.recv_timeout(FLUSH_WAIT_MAX);
         }
     }
 }
 
 impl Drop for AccessLog {
-    /// Writes what is queued and ends the thread.
+    /// Writes what is queued and ends the thread; a thread that is stuck is left behind.
     fn drop(&mut self) {
-        self.orders = channel().0;
-        if let Some(thread) = self.thread.take() {
+        self.orders = bounded(1).0;
+        let ended = self.ended.recv_timeout(FLUSH_WAIT_MAX);
+        if let (Err(RecvTimeoutError::Disconnected), Some(thread)) = (ended, self.thread.take()) {
             let _ = thread.join();
         }
     }

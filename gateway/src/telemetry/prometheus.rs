@@ -13,8 +13,9 @@ use std::{
 use super::{
     CoreShared, Latencies, Latency,
     counters::{Refusal, STATUS_LABELS, Totals},
-    totals,
 };
+
+pub use super::totals;
 
 /// `Content-Type` of the text.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -28,8 +29,8 @@ const TTFT_BOUNDS_US: [u64; 16] = [
 /// Bounds of the time per output token, microseconds (`gen_ai.server.time_per_output_token`), with
 /// three below them: fleets of small models are faster than 10 ms a token.
 const INTER_TOKEN_BOUNDS_US: [u64; 16] = [
-    1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000, 500_000,
-    750_000, 1_000_000, 2_500_000,
+    1_000, 2_500, 5_000, 10_000, 25_000, 50_000, 75_000, 100_000, 150_000, 200_000, 300_000, 400_000,
+    500_000, 750_000, 1_000_000, 2_500_000,
 ];
 
 /// Bounds of a request's whole time, microseconds (`gen_ai.server.request.duration`), with two above
@@ -93,8 +94,11 @@ pub fn write(sources: &Sources<'_>, out: &mut Exposition) {
 fn write_process(sources: &Sources<'_>, out: &mut Exposition) {
     out.gauge("gateway_build_info", "The running version; always 1.")
         .sample(&[("version", sources.version)], 1);
-    out.gauge("gateway_start_time_seconds", "When the process started, seconds since the Unix epoch.")
-        .value(sources.start_unix_s);
+    out.gauge(
+        "gateway_start_time_seconds",
+        "When the process started, seconds since the Unix epoch.",
+    )
+    .value(sources.start_unix_s);
     if let Some(bytes) = resident_bytes() {
         out.gauge("gateway_resident_memory_bytes", "Memory of the process in RAM.")
             .value(bytes);
@@ -106,18 +110,33 @@ fn write_clients(totals: &Totals, out: &mut Exposition) {
         .value(totals.connections_opened);
     out.gauge("gateway_connections_open", "Connections of clients open now.")
         .value(totals.connections_open());
-    out.counter("gateway_connections_refused_total", "Connections closed at once because a core was at its limit.")
-        .value(totals.connections_refused);
-    out.counter("gateway_tls_handshakes_total", "TLS handshakes with clients, by result.")
-        .sample(&[("result", "ok")], totals.tls_handshakes)
-        .sample(&[("result", "failed")], totals.tls_failures);
-    out.counter("gateway_requests_total", "Requests accepted; each has one ledger record.")
-        .value(totals.requests);
-    let mut family = out.counter("gateway_refusals_total", "Requests refused before dispatch, by reason.");
+    out.counter(
+        "gateway_connections_refused_total",
+        "Connections closed at once because a core was at its limit.",
+    )
+    .value(totals.connections_refused);
+    out.counter(
+        "gateway_tls_handshakes_total",
+        "TLS handshakes with clients, by result.",
+    )
+    .sample(&[("result", "ok")], totals.tls_handshakes)
+    .sample(&[("result", "failed")], totals.tls_failures);
+    out.counter(
+        "gateway_requests_total",
+        "Requests accepted; each has one ledger record.",
+    )
+    .value(totals.requests);
+    let mut family = out.counter(
+        "gateway_refusals_total",
+        "Requests refused before dispatch, by reason.",
+    );
     for reason in Refusal::ALL {
         family.sample(&[("reason", reason.name())], totals.refused[reason as usize]);
     }
-    let mut family = out.counter("gateway_responses_total", "Answers sent, by status code or class.");
+    let mut family = out.counter(
+        "gateway_responses_total",
+        "Answers sent, by status code or class.",
+    );
     for (label, count) in STATUS_LABELS.iter().zip(totals.responses) {
         family.sample(&[("code", label)], count);
     }
@@ -125,43 +144,88 @@ fn write_clients(totals: &Totals, out: &mut Exposition) {
         .value(totals.streams_opened);
     out.gauge("gateway_streams_open", "Streamed answers running now.")
         .value(totals.streams_open());
-    out.counter("gateway_stream_errors_total", "Streams that ended with an error after they began.")
-        .value(totals.stream_errors);
-    out.counter("gateway_events_relayed_total", "Server-sent events passed to clients.")
-        .value(totals.events_relayed);
-    out.counter("gateway_client_disconnects_total", "Clients that went away before the end of their answer.")
-        .value(totals.client_disconnects);
-    out.counter("gateway_received_bytes_total", "Bytes received from clients, without TLS framing.")
-        .value(totals.bytes_from_clients);
-    out.counter("gateway_sent_bytes_total", "Bytes sent to clients, without TLS framing.")
-        .value(totals.bytes_to_clients);
+    out.counter(
+        "gateway_stream_errors_total",
+        "Streams that ended with an error after they began.",
+    )
+    .value(totals.stream_errors);
+    out.counter(
+        "gateway_events_relayed_total",
+        "Server-sent events passed to clients.",
+    )
+    .value(totals.events_relayed);
+    out.counter(
+        "gateway_client_disconnects_total",
+        "Clients that went away before the end of their answer.",
+    )
+    .value(totals.client_disconnects);
+    out.counter(
+        "gateway_received_bytes_total",
+        "Bytes received from clients, without TLS framing.",
+    )
+    .value(totals.bytes_from_clients);
+    out.counter(
+        "gateway_sent_bytes_total",
+        "Bytes sent to clients, without TLS framing.",
+    )
+    .value(totals.bytes_to_clients);
 }
 
 fn write_upstreams(totals: &Totals, out: &mut Exposition) {
-    out.counter("gateway_upstream_connections_total", "Connections to upstreams opened.")
-        .value(totals.upstream_connects);
-    out.counter("gateway_upstream_reuses_total", "Requests sent over a pooled connection.")
-        .value(totals.upstream_reuses);
-    out.counter("gateway_upstream_connect_failures_total", "Connections to upstreams that could not be opened.")
-        .value(totals.upstream_connect_failures);
-    out.counter("gateway_upstream_retries_total", "Requests sent again, to the same or another endpoint.")
-        .value(totals.upstream_retries);
-    out.counter("gateway_upstream_errors_total", "Answers of upstreams that were errors, cut off or not understood.")
-        .value(totals.upstream_errors);
+    out.counter(
+        "gateway_upstream_connections_total",
+        "Connections to upstreams opened.",
+    )
+    .value(totals.upstream_connects);
+    out.counter(
+        "gateway_upstream_reuses_total",
+        "Requests sent over a pooled connection.",
+    )
+    .value(totals.upstream_reuses);
+    out.counter(
+        "gateway_upstream_connect_failures_total",
+        "Connections to upstreams that could not be opened.",
+    )
+    .value(totals.upstream_connect_failures);
+    out.counter(
+        "gateway_upstream_retries_total",
+        "Requests sent again, to the same or another endpoint.",
+    )
+    .value(totals.upstream_retries);
+    out.counter(
+        "gateway_upstream_errors_total",
+        "Answers of upstreams that were errors, cut off or not understood.",
+    )
+    .value(totals.upstream_errors);
 }
 
 fn write_tokens(totals: &Totals, out: &mut Exposition) {
-    out.counter("gateway_tokens_total", "Tokens of settled requests; input includes what providers had cached.")
-        .sample(&[("type", "input")], totals.tokens_prompt)
-        .sample(&[("type", "output")], totals.tokens_completion);
-    out.counter("gateway_cached_input_tokens_total", "Input tokens that providers read from their cache.")
-        .value(totals.tokens_cached);
-    out.counter("gateway_usage_estimated_total", "Requests whose tokens are the gateway's estimate.")
-        .value(totals.usage_estimated);
-    out.counter("gateway_ledger_full_total", "Requests turned away because the ledger's queue was full.")
-        .value(totals.ledger_full);
-    out.counter("gateway_access_log_dropped_total", "Entries of the access log dropped, its queue being full.")
-        .value(totals.access_log_dropped);
+    out.counter(
+        "gateway_tokens_total",
+        "Tokens of settled requests; input includes what providers had cached.",
+    )
+    .sample(&[("type", "input")], totals.tokens_prompt)
+    .sample(&[("type", "output")], totals.tokens_completion);
+    out.counter(
+        "gateway_cached_input_tokens_total",
+        "Input tokens that providers read from their cache.",
+    )
+    .value(totals.tokens_cached);
+    out.counter(
+        "gateway_usage_estimated_total",
+        "Requests whose tokens are the gateway's estimate.",
+    )
+    .value(totals.usage_estimated);
+    out.counter(
+        "gateway_ledger_full_total",
+        "Requests turned away because the ledger's queue was full.",
+    )
+    .value(totals.ledger_full);
+    out.counter(
+        "gateway_access_log_dropped_total",
+        "Entries of the access log dropped, its queue being full.",
+    )
+    .value(totals.access_log_dropped);
 }
 
 fn write_latencies(latencies: &Latencies, out: &mut Exposition) {
@@ -199,13 +263,22 @@ fn write_cores(sources: &Sources<'_>, out: &mut Exposition) {
     for (number, core) in cores() {
         family.sample(&[("core", number)], core.counters().requests.get());
     }
-    let mut family = out.gauge("gateway_core_connections_open", "Connections of clients open now on each core.");
+    let mut family = out.gauge(
+        "gateway_core_connections_open",
+        "Connections of clients open now on each core.",
+    );
     for (number, core) in cores() {
         family.sample(&[("core", number)], core.counters().connections_open());
     }
-    let mut family = out.gauge("gateway_core_heartbeat_age_seconds", "Time since each core last showed to be alive.");
+    let mut family = out.gauge(
+        "gateway_core_heartbeat_age_seconds",
+        "Time since each core last showed to be alive.",
+    );
     for (number, core) in cores() {
-        family.sample(&[("core", number)], core.heartbeat_age_ms(sources.now_ms) as f64 / 1e3);
+        family.sample(
+            &[("core", number)],
+            core.heartbeat_age_ms(sources.now_ms) as f64 / 1e3,
+        );
     }
 }
 
@@ -249,7 +322,11 @@ impl Exposition {
         debug_assert!(name.ends_with("_seconds"), "{name}");
         self.family(name, "histogram", help);
         for (bound_us, count) in bounds_us.iter().zip(latency.cumulative(bounds_us)) {
-            let _ = writeln!(self.text, "{name}_bucket{{le=\"{}\"}} {count}", seconds(*bound_us));
+            let _ = writeln!(
+                self.text,
+                "{name}_bucket{{le=\"{}\"}} {count}",
+                seconds(*bound_us)
+            );
         }
         let count = latency.count();
         let _ = writeln!(self.text, "{name}_bucket{{le=\"+Inf\"}} {count}");

@@ -63,7 +63,9 @@ pub fn summary(totals: &Totals, latencies: &Latencies) -> Value {
 
 fn counted(labels: &[&str], counts: &[u64]) -> Value {
     let seen = labels.iter().zip(counts).filter(|(_, count)| **count > 0);
-    let map: Map<String, Value> = seen.map(|(label, count)| ((*label).to_owned(), json!(count))).collect();
+    let map: Map<String, Value> = seen
+        .map(|(label, count)| ((*label).to_owned(), json!(count)))
+        .collect();
     Value::Object(map)
 }
 

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_bench::upstream::{self, Behaviour, Server};
+use gateway_bench::upstream::{Behaviour, Options, Server};
 
 /// How long a test waits for something that must happen. Generous: the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -229,10 +229,10 @@ pub fn fleet(behaviour: &str) -> Server {
     let mut words = Behaviour::default();
     words.apply(behaviour).expect("words of the simulator");
     let listen = ([127, 0, 0, 1], 0).into();
-    Server::start(upstream::Options {
+    Server::start(Options {
         listen,
         behaviour: words,
-        ..upstream::Options::default()
+        ..Options::default()
     })
     .expect("a port")
 }

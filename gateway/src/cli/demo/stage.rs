@@ -39,7 +39,7 @@ pub struct Stage {
     pub small_key: String,
     /// The state directory.
     pub state: PathBuf,
-    directory: PathBuf,
+    files: tempfile::TempDir,
     children: Vec<Child>,
 }
 
@@ -54,7 +54,9 @@ impl Stage {
                 bench.display()
             );
         }
-        let directory = make_directory()?;
+        // Only this user can read it.
+        let files = tempfile::Builder::new().prefix("gateway-demo-").tempdir()?;
+        let directory = files.path();
         let mut stage = Stage {
             config: directory.join("gateway.yaml"),
             state: directory.join("state"),
@@ -64,7 +66,7 @@ impl Stage {
             key: config::generate_key()?,
             small_key: config::generate_key()?,
             program,
-            directory,
+            files,
             children: Vec::new(),
         };
         stage.start_fleet(&bench)?;
@@ -96,9 +98,12 @@ impl Stage {
     }
 
     fn start_gateway(&mut self) -> anyhow::Result<()> {
-        fs::write(self.directory.join("upstream.key"), "demo-upstream-credential\n")?;
+        fs::write(
+            self.files.path().join("upstream.key"),
+            "demo-upstream-credential\n",
+        )?;
         fs::write(&self.config, self.configuration())?;
-        let log = fs::File::create(self.directory.join("gateway.log"))?;
+        let log = fs::File::create(self.files.path().join("gateway.log"))?;
         let mut command = Command::new(&self.program);
         command.arg("run").arg("-c").arg(&self.config);
         command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
@@ -167,7 +172,7 @@ ledger: {{ path: {state} }}
 
     /// Shows what the gateway said, for a demo that went wrong.
     pub fn show_log(&self) {
-        let log = fs::read_to_string(self.directory.join("gateway.log")).unwrap_or_default();
+        let log = fs::read_to_string(self.files.path().join("gateway.log")).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
         for line in &lines[lines.len().saturating_sub(20)..] {
             eprintln!("  gateway: {line}");
@@ -207,7 +212,7 @@ ledger: {{ path: {state} }}
                 thread::sleep(Duration::from_millis(20));
             }
         }
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = fs::remove_dir_all(self.files.path());
     }
 }
 
@@ -215,16 +220,6 @@ impl Drop for Stage {
     fn drop(&mut self) {
         self.strike();
     }
-}
-
-/// A new directory that only this user can read.
-fn make_directory() -> anyhow::Result<PathBuf> {
-    use std::os::unix::fs::DirBuilderExt;
-    let mut suffix = [0; 8];
-    getrandom::fill(&mut suffix)?;
-    let directory = env::temp_dir().join(format!("gateway-demo-{:016x}", u64::from_ne_bytes(suffix)));
-    fs::DirBuilder::new().mode(0o700).create(&directory)?;
-    Ok(directory)
 }
 
 /// `wanted` if nobody has it, else one that is free now.

@@ -82,7 +82,9 @@ fn read(text: &str) -> BTreeMap<String, Read> {
         } else {
             let (name, labels, value) = read_sample(line);
             let metric = metrics.get_mut(&current).expect("TYPE stands before samples");
-            let suffix = name.strip_prefix(&current).expect("samples of one metric stand together");
+            let suffix = name
+                .strip_prefix(&current)
+                .expect("samples of one metric stand together");
             let suffixes: &[&str] = match metric.kind.as_str() {
                 "histogram" => &["_bucket", "_sum", "_count"],
                 _ => &[""],
@@ -98,7 +100,11 @@ fn check(metrics: &BTreeMap<String, Read>) {
     for (name, metric) in metrics {
         assert!(name.starts_with("gateway_"), "{name}");
         assert_eq!(metric.kind == "counter", name.ends_with("_total"), "{name}");
-        let series: BTreeSet<_> = metric.samples.iter().map(|(name, labels, _)| (name, labels)).collect();
+        let series: BTreeSet<_> = metric
+            .samples
+            .iter()
+            .map(|(name, labels, _)| (name, labels))
+            .collect();
         assert_eq!(series.len(), metric.samples.len(), "{name} has a series twice");
         if metric.kind == "histogram" {
             check_histogram(name, metric);
@@ -113,7 +119,10 @@ fn check_histogram(name: &str, metric: &Read) {
         .filter(|(sample, ..)| sample.ends_with("_bucket"))
         .map(|(_, labels, count)| (labels[0].1.parse().expect("le"), *count))
         .collect();
-    assert!(buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1), "{name} {buckets:?}");
+    assert!(
+        buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1),
+        "{name} {buckets:?}"
+    );
     let (last_bound, last_count) = buckets.last().expect("buckets");
     assert!(last_bound.is_infinite());
     let count = metric.samples.last().expect("count");
@@ -128,7 +137,10 @@ fn value(metrics: &BTreeMap<String, Read>, name: &str, labels: &[(&str, &str)]) 
         .max_by_key(|(family, _)| family.len())
         .unwrap_or_else(|| panic!("no {name}"))
         .1;
-    let wanted: Labels = labels.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
+    let wanted: Labels = labels
+        .iter()
+        .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
+        .collect();
     metric
         .samples
         .iter()
@@ -160,19 +172,40 @@ fn what_was_counted_can_be_read_back() {
     });
     let metrics = read(&text);
     check(&metrics);
-    assert_eq!(value(&metrics, "gateway_build_info", &[("version", "1.2.3")]), 1.0);
+    assert_eq!(
+        value(&metrics, "gateway_build_info", &[("version", "1.2.3")]),
+        1.0
+    );
     assert_eq!(value(&metrics, "gateway_requests_total", &[]), 4.0);
-    assert_eq!(value(&metrics, "gateway_responses_total", &[("code", "429")]), 2.0);
-    assert_eq!(value(&metrics, "gateway_refusals_total", &[("reason", "rate_limited")]), 2.0);
-    assert_eq!(value(&metrics, "gateway_tokens_total", &[("type", "input")]), 14.0);
-    assert_eq!(value(&metrics, "gateway_core_requests_total", &[("core", "1")]), 2.0);
-    assert_eq!(value(&metrics, "gateway_core_heartbeat_age_seconds", &[("core", "0")]), 0.5);
+    assert_eq!(
+        value(&metrics, "gateway_responses_total", &[("code", "429")]),
+        2.0
+    );
+    assert_eq!(
+        value(&metrics, "gateway_refusals_total", &[("reason", "rate_limited")]),
+        2.0
+    );
+    assert_eq!(
+        value(&metrics, "gateway_tokens_total", &[("type", "input")]),
+        14.0
+    );
+    assert_eq!(
+        value(&metrics, "gateway_core_requests_total", &[("core", "1")]),
+        2.0
+    );
+    assert_eq!(
+        value(&metrics, "gateway_core_heartbeat_age_seconds", &[("core", "0")]),
+        0.5
+    );
     let bucket = "gateway_time_to_first_token_seconds_bucket";
     assert_eq!(value(&metrics, bucket, &[("le", "0.01")]), 0.0);
     assert_eq!(value(&metrics, bucket, &[("le", "0.02")]), 3.0);
     assert_eq!(value(&metrics, bucket, &[("le", "10")]), 3.0);
     assert_eq!(value(&metrics, bucket, &[("le", "+Inf")]), 4.0);
-    assert_eq!(value(&metrics, "gateway_time_to_first_token_seconds_sum", &[]), 30.06);
+    assert_eq!(
+        value(&metrics, "gateway_time_to_first_token_seconds_sum", &[]),
+        30.06
+    );
     assert!(value(&metrics, "gateway_resident_memory_bytes", &[]) > 0.0);
 }
 
@@ -184,8 +217,14 @@ fn a_label_may_hold_anything() {
         .sample(&[("name", odd), ("other", "")], 1)
         .sample(&[("name", "plain"), ("other", odd)], 2.5);
     let metrics = read(&out.finish());
-    assert_eq!(value(&metrics, "gateway_odd", &[("name", odd), ("other", "")]), 1.0);
-    assert_eq!(value(&metrics, "gateway_odd", &[("name", "plain"), ("other", odd)]), 2.5);
+    assert_eq!(
+        value(&metrics, "gateway_odd", &[("name", odd), ("other", "")]),
+        1.0
+    );
+    assert_eq!(
+        value(&metrics, "gateway_odd", &[("name", "plain"), ("other", odd)]),
+        2.5
+    );
 }
 
 #[test]

@@ -1,0 +1,253 @@
+//! The gateway's state as the admin API shows it.
+
+use std::{net::IpAddr, time::Duration};
+
+use serde_json::Value;
+
+use super::{BoxFuture, Plane};
+use crate::{
+    control::plane::State,
+    ledger::Counters,
+    net::clock,
+    telemetry::{
+        self,
+        prometheus::{self, Exposition, Sources},
+        summary::summary,
+    },
+};
+
+/// Counters of the kernel plane: field of [`State::kernel_status`], metric, help.
+const KERNEL_COUNTERS: [(&str, &str, &str); 8] = [
+    (
+        "dropped",
+        "gateway_kernel_dropped_total",
+        "Connection attempts of blocked clients dropped in the kernel.",
+    ),
+    (
+        "would_drop",
+        "gateway_kernel_would_drop_total",
+        "Connection attempts that would have been dropped; only observed.",
+    ),
+    (
+        "steered",
+        "gateway_kernel_steered_total",
+        "Connections given to the core on whose CPU they came.",
+    ),
+    (
+        "steered_away",
+        "gateway_kernel_steered_away_total",
+        "Connections given to another core, their own being loaded.",
+    ),
+    (
+        "fallback",
+        "gateway_kernel_fallback_total",
+        "Connections that the kernel spread by hash.",
+    ),
+    (
+        "opened",
+        "gateway_kernel_connections_opened_total",
+        "Connections opened, as the kernel counts them.",
+    ),
+    (
+        "closed",
+        "gateway_kernel_connections_closed_total",
+        "Connections closed, as the kernel counts them.",
+    ),
+    (
+        "retransmits",
+        "gateway_kernel_retransmits_total",
+        "TCP segments sent again to clients.",
+    ),
+];
+
+/// Counters of the ledger: field of its status, metric, help.
+const LEDGER_COUNTERS: [(&str, &str, &str); 5] = [
+    (
+        "records",
+        "gateway_ledger_records_total",
+        "Records appended to the journal.",
+    ),
+    (
+        "folded",
+        "gateway_ledger_folded_total",
+        "Records that are in the sums.",
+    ),
+    (
+        "refused",
+        "gateway_ledger_refused_total",
+        "Records for which the journal was full.",
+    ),
+    (
+        "torn",
+        "gateway_ledger_torn_total",
+        "Places in segments where no whole record stands.",
+    ),
+    (
+        "io_errors",
+        "gateway_ledger_io_errors_total",
+        "Failed operations on the ledger's files.",
+    ),
+];
+
+impl Plane for State {
+    fn status(&self) -> BoxFuture<'_, Value> {
+        Box::pin(async move {
+            let latencies = telemetry::latencies(&self.shared.cores).await;
+            let mut status = State::status(self);
+            let figures = summary(&telemetry::totals(&self.shared.cores), &latencies);
+            if let (Some(status), Value::Object(figures)) = (status.as_object_mut(), figures) {
+                status.extend(figures);
+            }
+            status
+        })
+    }
+
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async move {
+            let latencies = telemetry::latencies(&self.shared.cores).await;
+            let status = State::status(self);
+            let mut out = Exposition::default();
+            let uptime_s = status["uptime_seconds"].as_u64().unwrap_or_default();
+            prometheus::write(
+                &Sources {
+                    version: env!("CARGO_PKG_VERSION"),
+                    start_unix_s: (clock::unix_ms() / 1000).saturating_sub(uptime_s),
+                    now_ms: clock::monotonic_ns() / 1_000_000,
+                    cores: &self.shared.cores,
+                    latencies: &latencies,
+                },
+                &mut out,
+            );
+            write_state(&status, &State::kernel_status(self), &mut out);
+            write_models(&self.model_totals(), &mut out);
+            out.finish()
+        })
+    }
+
+    fn reload(&self) -> Result<String, String> {
+        State::reload(self)
+    }
+
+    fn kernel_status(&self) -> Value {
+        State::kernel_status(self)
+    }
+
+    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
+        State::kernel_block(self, client, hold)
+    }
+
+    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
+        State::kernel_unblock(self, client)
+    }
+}
+
+/// What is known beside the cores' own counters. A field that is not there has no metric: a kernel
+/// plane that is off has no counters, which is not the same as zero.
+fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
+    let degraded = status["degraded"].as_array().map_or(0, Vec::len);
+    out.gauge(
+        "gateway_degraded",
+        "Parts that do not work as they could; `gateway status` names them.",
+    )
+    .value(degraded);
+    if let Some(generation) = status["config"]["generation"].as_u64() {
+        out.gauge(
+            "gateway_config_generation",
+            "Configurations put in force since the start.",
+        )
+        .value(generation);
+    }
+    let loaded = kernel["loaded"].as_bool().unwrap_or_default();
+    out.gauge(
+        "gateway_kernel_loaded",
+        "Whether the kernel plane is loaded: 1 or 0.",
+    )
+    .value(u8::from(loaded));
+    write_counters(&KERNEL_COUNTERS, kernel, out);
+    if let Some(blocked) = kernel["blocked"].as_array() {
+        out.gauge(
+            "gateway_kernel_blocked_clients",
+            "Clients that the kernel drops now.",
+        )
+        .value(blocked.len());
+    }
+    let ledger = &status["ledger"];
+    write_counters(&LEDGER_COUNTERS, ledger, out);
+    if let Some(bytes) = ledger["unsynced_bytes"].as_u64() {
+        out.gauge(
+            "gateway_ledger_unsynced_bytes",
+            "Journal bytes that a power cut would take now.",
+        )
+        .value(bytes);
+    }
+}
+
+/// What was recorded, by key and model; their number is bounded by the ledger.
+fn write_models(totals: &[(String, String, Counters)], out: &mut Exposition) {
+    let mut requests = out.counter(
+        "gateway_model_requests_total",
+        "Requests recorded, by key and model.",
+    );
+    for (key, model, counters) in totals {
+        requests.sample(&[("key", key), ("model", model)], counters.requests);
+    }
+    let mut tokens = out.counter(
+        "gateway_model_tokens_total",
+        "Tokens recorded, by key, model and direction.",
+    );
+    for (key, model, counters) in totals {
+        tokens.sample(
+            &[("key", key), ("model", model), ("type", "input")],
+            counters.prompt_tokens,
+        );
+        tokens.sample(
+            &[("key", key), ("model", model), ("type", "output")],
+            counters.completion_tokens,
+        );
+    }
+}
+
+fn write_counters(counters: &[(&str, &str, &str)], values: &Value, out: &mut Exposition) {
+    for (field, name, help) in counters {
+        if let Some(count) = values[*field].as_u64() {
+            out.counter(name, help).value(count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn text(status: Value, kernel: Value) -> String {
+        let mut out = Exposition::default();
+        write_state(&status, &kernel, &mut out);
+        out.finish()
+    }
+
+    #[test]
+    fn a_kernel_plane_that_is_off_has_no_counters() {
+        let text = text(
+            json!({ "degraded": ["no BPF"] }),
+            json!({ "loaded": false, "reason": "no BPF" }),
+        );
+        assert!(text.contains("\ngateway_kernel_loaded 0\n"), "{text}");
+        assert!(text.contains("\ngateway_degraded 1\n"), "{text}");
+        assert!(!text.contains("gateway_kernel_dropped_total"), "{text}");
+    }
+
+    #[test]
+    fn all_fields_of_the_ledgers_status_are_there() {
+        let ledger = serde_json::to_value(crate::ledger::LedgerStatus::default()).expect("json");
+        let text = text(
+            json!({ "ledger": ledger }),
+            json!({ "loaded": true, "dropped": 3 }),
+        );
+        for (_, name, _) in LEDGER_COUNTERS {
+            assert!(text.contains(&format!("\n{name} 0\n")), "{name}: {text}");
+        }
+        assert!(text.contains("\ngateway_kernel_dropped_total 3\n"), "{text}");
+    }
+}

@@ -1,0 +1,264 @@
+//! The admin API over a real socket.
+
+use std::sync::Mutex;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::oneshot,
+};
+
+use super::*;
+
+const TOKEN: &str = "s3cret";
+
+/// Remembers what it was told.
+#[derive(Default)]
+struct Fake {
+    calls: Mutex<Vec<String>>,
+}
+
+impl Fake {
+    fn note(&self, call: String) {
+        self.calls.lock().expect("calls").push(call);
+    }
+}
+
+impl Plane for Fake {
+    fn status(&self) -> BoxFuture<'_, Value> {
+        Box::pin(async { json!({ "state": "running" }) })
+    }
+    fn metrics(&self) -> BoxFuture<'_, String> {
+        Box::pin(async { "gateway_up 1\n".to_owned() })
+    }
+    fn reload(&self) -> Result<String, String> {
+        self.note("reload".into());
+        Err("line 3: unknown field `modles`".into())
+    }
+    fn kernel_status(&self) -> Value {
+        json!({ "loaded": false })
+    }
+    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
+        self.note(format!("block {client} {}", hold.as_secs()));
+        match client.is_loopback() {
+            true => Err("exempt".into()),
+            false => Ok(()),
+        }
+    }
+    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
+        self.note(format!("unblock {client}"));
+        Ok(true)
+    }
+}
+
+/// An answer: its status, its whole head and its body.
+struct Answer {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+impl Answer {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.body).expect("a JSON body")
+    }
+}
+
+struct Server {
+    address: SocketAddr,
+    plane: Arc<Fake>,
+}
+
+impl Server {
+    async fn raw(&self, request: &str) -> Answer {
+        let mut stream = TcpStream::connect(self.address).await.expect("connect");
+        stream.write_all(request.as_bytes()).await.expect("send");
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await.expect("answer");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a head");
+        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+        Answer {
+            status: status.expect("a status"),
+            head: head.to_ascii_lowercase(),
+            body: body.to_owned(),
+        }
+    }
+
+    async fn ask(&self, line: &str, body: &str) -> Answer {
+        self.raw(&format!(
+            "{line} HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\nauthorization: Bearer {TOKEN}\r\n\
+             content-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+        .await
+    }
+}
+
+/// Runs a test against a server, and then sees it end.
+fn with_server(test: impl AsyncFnOnce(&Server)) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("runtime");
+    runtime.block_on(async {
+        let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("bind");
+        let server = Server {
+            address: listener.local_addr().expect("address"),
+            plane: Arc::default(),
+        };
+        let listener = TcpListener::from_std(listener).expect("listener");
+        let (stop, stopped) = oneshot::channel::<()>();
+        let serving = serve(listener, server.plane.clone(), Secret::new(TOKEN), async {
+            let _ = stopped.await;
+        });
+        let testing = async {
+            test(&server).await;
+            stop.send(()).expect("serving");
+        };
+        tokio::join!(serving, testing);
+        assert!(
+            TcpStream::connect(server.address).await.is_err(),
+            "nothing listens any more"
+        );
+    });
+}
+
+#[test]
+fn only_health_goes_without_the_token() {
+    with_server(async |server| {
+        let close = "host: gateway\r\nconnection: close\r\n";
+        let health = server.raw(&format!("GET /healthz HTTP/1.1\r\n{close}\r\n")).await;
+        assert_eq!((health.status, health.body.as_str()), (200, "ok\n"));
+        for path in ["/metrics", "/status", "/kernel", "/no-such-path"] {
+            for wrong in [
+                "",
+                "authorization: Bearer wrong\r\n",
+                "authorization: Bearer \r\n",
+                "authorization: Basic s3cret\r\n",
+            ] {
+                let answer = server
+                    .raw(&format!("GET {path} HTTP/1.1\r\n{close}{wrong}\r\n"))
+                    .await;
+                assert_eq!(answer.status, 401, "{path} {wrong}");
+                assert_eq!(answer.json()["error"]["code"], "unauthorized");
+                assert!(
+                    answer.head.contains("www-authenticate: bearer"),
+                    "{}",
+                    answer.head
+                );
+            }
+        }
+        let answer = server
+            .raw(&format!(
+                "POST /reload HTTP/1.1\r\n{close}content-length: 0\r\n\r\n"
+            ))
+            .await;
+        assert_eq!(answer.status, 401);
+        assert!(server.plane.calls.lock().expect("calls").is_empty());
+    });
+}
+
+#[test]
+fn state_and_metrics_are_shown() {
+    with_server(async |server| {
+        let metrics = server.ask("GET /metrics", "").await;
+        assert_eq!((metrics.status, metrics.body.as_str()), (200, "gateway_up 1\n"));
+        assert!(
+            metrics.head.contains("text/plain; version=0.0.4"),
+            "{}",
+            metrics.head
+        );
+        assert_eq!(server.ask("GET /status", "").await.json()["state"], "running");
+        assert_eq!(server.ask("GET /kernel", "").await.json()["loaded"], false);
+    });
+}
+
+#[test]
+fn a_refused_reload_says_why() {
+    with_server(async |server| {
+        let answer = server.ask("POST /reload", "").await;
+        assert_eq!(answer.status, 422);
+        assert_eq!(
+            answer.json()["error"]["message"],
+            "line 3: unknown field `modles`"
+        );
+        assert_eq!(server.ask("GET /reload", "").await.status, 405);
+    });
+}
+
+#[test]
+fn clients_are_blocked_and_unblocked() {
+    with_server(async |server| {
+        let block = server
+            .ask("POST /kernel/block", r#"{"client": "203.0.113.7", "for": "1h"}"#)
+            .await;
+        assert_eq!(
+            (block.status, block.json()["seconds"].as_u64()),
+            (200, Some(3600))
+        );
+        let mapped = r#"{"client": "::ffff:203.0.113.8"}"#;
+        assert_eq!(
+            server.ask("POST /kernel/block", mapped).await.json()["seconds"],
+            600
+        );
+        let exempt = server
+            .ask("POST /kernel/block", r#"{"client": "127.0.0.1"}"#)
+            .await;
+        assert_eq!(
+            (exempt.status, &exempt.json()["error"]["message"]),
+            (409, &json!("exempt"))
+        );
+        let unblock = server
+            .ask("POST /kernel/unblock", r#"{"client": "2001:db8::1"}"#)
+            .await;
+        assert_eq!(unblock.json()["was_blocked"], true);
+        let calls = server.plane.calls.lock().expect("calls").clone();
+        let wanted = [
+            "block 203.0.113.7 3600",
+            "block 203.0.113.8 600",
+            "block 127.0.0.1 600",
+            "unblock 2001:db8::1",
+        ];
+        assert_eq!(calls, wanted);
+    });
+}
+
+#[test]
+fn what_is_not_understood_changes_nothing() {
+    with_server(async |server| {
+        for body in [
+            "",
+            "[]",
+            r#"{"client": "example.org"}"#,
+            r#"{"client": "203.0.113.7", "for": "soon"}"#,
+            r#"{"client": "203.0.113.7", "for": "999ms"}"#,
+            r#"{"client": "203.0.113.7", "for": "31d"}"#,
+            r#"{"client": "203.0.113.7", "four": "1h"}"#,
+        ] {
+            let answer = server.ask("POST /kernel/block", body).await;
+            assert_eq!(
+                (answer.status, &answer.json()["error"]["code"]),
+                (400, &json!("bad_request")),
+                "{body}"
+            );
+        }
+        let large = format!("{{\"client\": \"{}\"}}", "1".repeat(BODY_BYTES_MAX));
+        assert_eq!(server.ask("POST /kernel/block", &large).await.status, 413);
+        assert!(server.plane.calls.lock().expect("calls").is_empty());
+    });
+}
+
+#[test]
+fn a_full_house_goes_on_when_someone_leaves() {
+    with_server(async |server| {
+        let mut idle = Vec::new();
+        for _ in 0..CONNECTIONS_MAX {
+            idle.push(TcpStream::connect(server.address).await.expect("connect"));
+        }
+        let asked = server.ask("GET /status", "");
+        let mut asked = pin!(asked);
+        let early = tokio::time::timeout(Duration::from_millis(50), asked.as_mut()).await;
+        assert!(early.is_err(), "there was no room");
+        idle.pop();
+        assert_eq!(asked.await.status, 200);
+    });
+}
