@@ -9,7 +9,7 @@ use support::{
     Gateway, KEY, Setup,
     client::{Answer, Client, chat, expected_content},
     eventually, fleet,
-    upstream::{STREAM_HEAD, Scripted, Then, chunk, refusing, token},
+    scripted::{STREAM_HEAD, Scripted, Then, chunk, refusing, token},
 };
 
 const CHAT: &str = "/v1/chat/completions";
