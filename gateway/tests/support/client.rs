@@ -83,9 +83,8 @@ pub fn expected_content(tokens: usize) -> String {
 
 /// A whole request with the usual key, its header lines (each with its end) and its body as they are.
 pub fn raw(fields: &str, body: &str) -> Vec<u8> {
-    let mut request = format!(
-        "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n"
-    );
+    let mut request =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n");
     request.push_str(fields);
     request.push_str("\r\n");
     request.push_str(body);
