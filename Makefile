@@ -35,8 +35,8 @@ install: ## put the release build, the unit and a first configuration in place (
 	systemd/install.sh --destdir "$(DESTDIR)"
 
 .PHONY: bench
-bench: release ## what the gateway costs (ARGS are gateway-bench's, `make bench ARGS=--help`)
-	target/release/gateway-bench $(ARGS)
+bench: ## what the gateway costs, beside nginx and no proxy (ARGS="--rounds 1 --seconds 4")
+	bench/run.sh $(ARGS)
 
 # The test command. Its parts are targets, in the order in which they fail fastest.
 .PHONY: test

@@ -1,0 +1,116 @@
+#!/bin/bash
+# Sets a dedicated gateway host up for speed and for measurements that repeat, and back again. Root.
+#
+#   perf/tune.sh --dry-run     says what would change, and why; changes nothing
+#   perf/tune.sh               changes it; what was before is kept in /run/gateway-tune (gone with the next boot, as all
+#                              changes are)
+#   perf/tune.sh --undo        puts back what was before
+#
+# What a gateway host should have at all times is in systemd/90-gateway.conf, and is set here too. A setting that this
+# machine does not have, or does not let one change, is named and left.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+before=${TUNE_STATE:-/run/gateway-tune}
+
+usage() { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; }
+
+mode=apply
+case ${1:-} in
+  "") ;;
+  --dry-run) mode=dry-run ;;
+  --undo) mode=undo ;;
+  --help) usage; exit 0 ;;
+  *) usage >&2; exit 2 ;;
+esac
+
+# What a file under /proc or /sys has: the choice in [brackets] where it lists them all.
+now() { sed -E 's/.*\[(.*)\].*/\1/; s/[[:space:]]+/ /g' "$1"; }
+
+# set_file VALUE REASON FILE...
+set_file() {
+  local value=$1 reason=$2 file old
+  shift 2
+  for file in "$@"; do
+    [ -e "$file" ] || { echo "not here: $file ($reason)"; continue; }
+    old=$(now "$file")
+    [ "$old" != "$value" ] || continue
+    echo "$file: $old -> $value ($reason)"
+    [ $mode = dry-run ] && continue
+    if echo "$value" 2>/dev/null > "$file"; then
+      printf '%s\t%s\n' "$file" "$old" >> "$before"
+    else
+      echo "refused: $file"
+    fi
+  done
+}
+
+undo() {
+  local file old
+  [ -e "$before" ] || { echo "nothing to undo: no $before"; return; }
+  # Last change first, so that a file changed twice ends as it was.
+  tac "$before" | while IFS=$'\t' read -r file old; do
+    echo "$file: back to $old"
+    echo "$old" > "$file" || echo "refused: $file"
+  done
+  rm -f "$before"
+}
+
+# The lines of the sysctl file, so that each value stands in one place.
+sysctl_file() {
+  local name value
+  while IFS='=' read -r name value; do
+    name=$(tr -d ' -' <<<"$name")
+    set_file "$(sed -E 's/^ +//' <<<"$value")" "see systemd/90-gateway.conf" "/proc/sys/${name//.//}"
+  done < <(grep -E '^-?[a-z]' "$root/systemd/90-gateway.conf")
+}
+
+processors() {
+  set_file performance "clocks that rise only when asked make the first events of a burst slow" \
+    /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor
+  set_file 1 "turbo depends on what the neighbours do: off, figures repeat (costs peak speed)" \
+    /sys/devices/system/cpu/intel_pstate/no_turbo
+  set_file 0 "the watchdog takes one hardware counter of each core" /proc/sys/kernel/nmi_watchdog
+  # Waking from a deep idle state takes longer than relaying an event.
+  if [ -e /dev/cpu_dma_latency ]; then
+    echo "idle states: not changed; boot with processor.max_cstate=1 where microseconds count"
+  fi
+}
+
+memory() {
+  set_file madvise "huge pages that come unasked stall the thread that touches them first, and swell resident memory" \
+    /sys/kernel/mm/transparent_hugepage/enabled
+  set_file 0 "pages that move between NUMA nodes stall pinned threads, whose memory is near them from the start" \
+    /proc/sys/kernel/numa_balancing
+  set_file 1 "keys and buffers of prompts should not go to disk, nor wait for it" /proc/sys/vm/swappiness
+}
+
+# The data plane steers connections to the core that took the packet: that wants a queue a core, and RPS off.
+network() {
+  local device queues
+  for device in /sys/class/net/*/device; do
+    device=$(basename "$(dirname "$device")")
+    queues=$(find "/sys/class/net/$device/queues" -maxdepth 1 -name 'rx-*' | wc -l)
+    [ "$queues" -ge "$(nproc)" ] \
+      || echo "$device: $queues receive queues for $(nproc) cores; more, where it can: ethtool -L $device combined $(nproc)"
+    set_file 0 "packets stay on the core that received them; steering goes by it" \
+      "/sys/class/net/$device/queues/"rx-*/rps_cpus
+  done
+}
+
+profiling() {
+  set_file 1 "perf may count for processes of the same user" /proc/sys/kernel/perf_event_paranoid
+  set_file 0 "perf names the kernel's functions" /proc/sys/kernel/kptr_restrict
+}
+
+[ $mode = dry-run ] || [ "$(id -u)" -eq 0 ] || { echo "$0: needs root (--dry-run does not)" >&2; exit 1; }
+if [ $mode = undo ]; then
+  undo
+  exit 0
+fi
+shopt -s nullglob
+sysctl_file
+processors
+memory
+network
+profiling
+[ $mode = dry-run ] || echo "perf/tune.sh --undo puts it back"

@@ -1,0 +1,80 @@
+#!/bin/bash
+# Runs a command while the gateway relays: starts the simulated fleet, the gateway (bench/gateway.yaml) and the load
+# generator on ports of their own, exports GATEWAY_PID and GATEWAY_ADMIN, runs the command, ends what it started.
+#
+#   perf/under-load.sh perf/flamegraph.sh
+#   perf/under-load.sh --model stream --connections 500 perf/syscalls.sh 5
+#   perf/under-load.sh --driver epoll --build target/debug perf/syscalls.sh
+#   perf/under-load.sh --wrap "valgrind --tool=callgrind" --driver epoll sleep 5
+#
+# Models: flood (events as fast as they go), stream (500 tokens at 20 ms), plain (whole answers), idle.
+# Needs: target/release (`make release`) or --build DIR; curl.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+usage() { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 2; }
+
+model=flood connections=16 driver=auto build=$root/target/release wrap=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --model) model=$2; shift 2 ;;
+    --connections) connections=$2; shift 2 ;;
+    --driver) driver=$2; shift 2 ;;
+    --build) build=$2; shift 2 ;;
+    --wrap) wrap=$2; shift 2 ;;
+    -*) usage ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || usage
+[ -x "$build/gateway" ] && [ -x "$build/gateway-bench" ] || { echo "$0: no gateway in $build: make release" >&2; exit 1; }
+ulimit -Sn "$(ulimit -Hn)"
+
+state=$(mktemp -d)
+started=()
+clean_up() {
+  local pid
+  for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
+  for pid in "${started[@]}"; do wait "$pid" 2>/dev/null || true; done
+  rm -rf "$state"
+}
+trap clean_up EXIT
+
+# A port that nothing listens on at the moment.
+free_port() {
+  local port
+  while port=$((20000 + RANDOM % 10000)); (exec 3<>"/dev/tcp/127.0.0.1/$port") 2>/dev/null; do :; done
+  echo "$port"
+}
+
+# Valgrind takes a while to get going.
+wait_for() {
+  local _
+  for _ in $(seq 600); do
+    (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null && return
+    kill -0 "$2" 2>/dev/null || break
+    sleep 0.1
+  done
+  echo "$0: nothing listens on port $1: $(tail -3 "$state"/*.log)" >&2
+  exit 1
+}
+
+upstream=$(free_port) front=$(free_port) admin=$(free_port)
+sed -E -e "s|127\.0\.0\.1:8080|127.0.0.1:$front|; s|127\.0\.0\.1:9900|127.0.0.1:$admin|; s|127\.0\.0\.1:9101|127.0.0.1:$upstream|" \
+  -e "s|path: [^,}]+|path: $state/ledger|; s|^workers: \{|workers: { driver: $driver,|" \
+  "$root/bench/gateway.yaml" > "$state/gateway.yaml"
+
+"$build/gateway-bench" upstream --listen "127.0.0.1:$upstream" > "$state/upstream.log" 2>&1 &
+started+=($!)
+wait_for "$upstream" $!
+# Split at spaces: a command and its arguments.
+# shellcheck disable=SC2086
+$wrap "$build/gateway" run -c "$state/gateway.yaml" > "$state/gateway.log" 2>&1 &
+export GATEWAY_PID=$! GATEWAY_ADMIN=127.0.0.1:$admin GATEWAY_STATE=$state/ledger
+started=("$GATEWAY_PID" "${started[@]}")
+wait_for "$front" "$GATEWAY_PID"
+"$build/gateway-bench" load --url "http://127.0.0.1:$front/v1/chat/completions" --key sk-bench --model "$model" \
+  "$([ "$model" = plain ] && echo --plain || echo --stream)" -c "$connections" -d 1h > "$state/load.log" 2>&1 &
+started=($! "${started[@]}")
+sleep 1 # connections are up and caches warm
+"$@"
