@@ -279,7 +279,7 @@ fn a_reload_forgets_nothing_of_what_was_used() {
         [ask(&gateway, "fast", 10).status, ask(&gateway, "fast", 10).status],
         [200, 200]
     );
-    reload(&gateway, "name: fast", "name: fast");
+    reload(&gateway, "name: alice", "name: alice");
     assert_eq!(ask(&gateway, "fast", 10).status, 429);
     // More for all: the share that is used stays used.
     reload(&gateway, "requests: 2,", "requests: 4,");
@@ -325,6 +325,7 @@ fn a_key_may_come_in_any_of_three_fields() {
         "",
         "authorization: Basic abc\r\n",
         "cookie: key=1\r\n",
+        "authorization: Bearer \r\n",
         &format!("authorization: {KEY}\r\n"),
     ] {
         let answer = status(bad);
@@ -332,13 +333,10 @@ fn a_key_may_come_in_any_of_three_fields() {
         assert!(answer.field("www-authenticate").is_some());
     }
     let upper = KEY.to_uppercase();
-    for bad in ["sk-wrong", &KEY[..KEY.len() - 1], &format!("{KEY}x"), "", &upper] {
+    for bad in ["sk-wrong", &KEY[..KEY.len() - 1], &format!("{KEY}x"), &upper] {
         let answer = status(&format!("authorization: Bearer {bad}\r\n"));
         assert_refused(&answer, 401, "invalid_api_key");
-        assert!(
-            bad.is_empty() || !answer.text().contains(bad),
-            "an answer never repeats a secret"
-        );
+        assert!(!answer.text().contains(bad), "an answer never repeats a secret");
     }
     assert_eq!(gateway.await_records(6).len(), 6);
     let log = gateway.log();
