@@ -8,8 +8,9 @@ use std::{
     rc::Rc,
     sync::{
         Arc,
-        atomic::{AtomicU8, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use arc_swap::ArcSwap;
@@ -22,7 +23,7 @@ use crate::{
         Journal,
         record::{Record, RequestId},
     },
-    net::{clock, signal::Signal},
+    net::{clock, signal::Signal, sleep},
     quota::refusals::Refusals,
     serve::snapshot::Snapshot,
     telemetry::{CoreShared, CoreTelemetry, Refusal},
@@ -31,9 +32,9 @@ use crate::{
 pub use thread::{Listening, Threads, start};
 
 /// Drain level: no new connections, idle ones are closed, running requests go on.
-pub const DRAIN: u8 = 1;
+pub const DRAIN: u64 = 1;
 /// Drain level: everything ends now, with a record of what was delivered.
-pub const STOP: u8 = 2;
+pub const STOP: u64 = 2;
 
 /// What all cores and the control thread share. Everything in it is atomic or swapped as a whole.
 pub struct Shared {
@@ -42,7 +43,7 @@ pub struct Shared {
     /// Evidence for early drops.
     pub refusals: Refusals,
     /// 0, [`DRAIN`] or [`STOP`]; cores follow within a tick.
-    level: AtomicU8,
+    level: AtomicU64,
     /// Each core's counters and access log.
     pub cores: Vec<Arc<CoreShared>>,
 }
@@ -53,18 +54,18 @@ impl Shared {
         Shared {
             snapshot: ArcSwap::from_pointee(snapshot),
             refusals: Refusals::default(),
-            level: AtomicU8::new(0),
+            level: AtomicU64::new(0),
             cores: (0..cores).map(|core| Arc::new(CoreShared::new(core))).collect(),
         }
     }
 
     /// Raises the drain level.
-    pub fn raise(&self, level: u8) {
+    pub fn raise(&self, level: u64) {
         self.level.fetch_max(level, Ordering::Relaxed);
     }
 
     /// The drain level.
-    pub fn level(&self) -> u8 {
+    pub fn level(&self) -> u64 {
         self.level.load(Ordering::Relaxed)
     }
 }
@@ -77,6 +78,8 @@ pub struct Core {
     pub pool: RefCell<Pool>,
     /// Follows [`Shared::level`].
     pub drain: Signal,
+    /// Rises with each tick of the core.
+    pub ticks: Signal,
     /// Bytes of request bodies held now.
     pub bodies_bytes: Cell<usize>,
     /// Connections of clients open now.
@@ -100,6 +103,7 @@ impl Core {
             shared,
             pool: RefCell::default(),
             drain: Signal::default(),
+            ticks: Signal::default(),
             bodies_bytes: Cell::new(0),
             connections: Cell::new(0),
             accounts_open: Cell::new(0),
@@ -110,6 +114,15 @@ impl Core {
             random: Random::seeded(),
             turn: Cell::new(0),
         })
+    }
+
+    /// Waits `time`, give or take a tick. What is over before the next tick, as most requests are, never gets to
+    /// set a timer.
+    pub async fn late(&self, time: Duration) {
+        let began_ns = clock::monotonic_ns();
+        self.ticks.next().await;
+        let waited = Duration::from_nanos(clock::monotonic_ns() - began_ns);
+        sleep(time.saturating_sub(waited)).await;
     }
 
     /// The configuration in force now.

@@ -157,6 +157,7 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
     loop {
         sleep(TICK).await;
         ticks = ticks.wrapping_add(1);
+        core.ticks.raise(core.ticks.level() + 1);
         let now_ns = clock::monotonic_ns();
         core.telemetry.beat(now_ns / 1_000_000);
         core.telemetry.publish_if_asked();

@@ -2,9 +2,11 @@
 
 use std::{
     future::Future,
-    pin::{Pin, pin},
-    task::Poll,
+    pin::Pin,
+    task::{Context, Poll},
 };
+
+use pin_project_lite::pin_project;
 
 /// Which of two futures was first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -15,22 +17,30 @@ pub enum Either<A, B> {
     Second(B),
 }
 
-/// Waits for the first of two futures and drops the other. Only for waits that lose nothing when
-/// dropped: readiness, timers, signals.
-pub async fn race<A: Future, B: Future>(a: A, b: B) -> Either<A::Output, B::Output> {
-    race_pinned(pin!(a), pin!(b)).await
+pin_project! {
+    /// See [`race`]. Written out, because an `async fn` would hold each future twice, and races nest.
+    pub struct Race<A, B> {
+        #[pin]
+        a: A,
+        #[pin]
+        b: B,
+    }
 }
 
-/// As [`race`], on futures that live on: the one that was not first can be waited for again.
-pub async fn race_pinned<A: Future, B: Future>(
-    mut a: Pin<&mut A>,
-    mut b: Pin<&mut B>,
-) -> Either<A::Output, B::Output> {
-    std::future::poll_fn(move |cx| {
-        if let Poll::Ready(value) = a.as_mut().poll(cx) {
+/// Waits for the first of two futures; the other is dropped with the race. Only for waits that lose nothing when
+/// dropped: readiness, timers, signals.
+pub fn race<A: Future, B: Future>(a: A, b: B) -> Race<A, B> {
+    Race { a, b }
+}
+
+impl<A: Future, B: Future> Future for Race<A, B> {
+    type Output = Either<A::Output, B::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let race = self.project();
+        if let Poll::Ready(value) = race.a.poll(cx) {
             return Poll::Ready(Either::First(value));
         }
-        b.as_mut().poll(cx).map(Either::Second)
-    })
-    .await
+        race.b.poll(cx).map(Either::Second)
+    }
 }

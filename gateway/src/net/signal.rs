@@ -16,19 +16,19 @@ pub struct Signal {
 
 #[derive(Default)]
 struct Inner {
-    level: Cell<u8>,
+    level: Cell<u64>,
     waiting: RefCell<Vec<Option<Waker>>>,
     free: RefCell<Vec<usize>>,
 }
 
 impl Signal {
     /// The level now; starts at 0.
-    pub fn level(&self) -> u8 {
+    pub fn level(&self) -> u64 {
         self.inner.level.get()
     }
 
     /// Raises the level and wakes everyone who waits. Lowering is ignored.
-    pub fn raise(&self, level: u8) {
+    pub fn raise(&self, level: u64) {
         if level <= self.inner.level.get() {
             return;
         }
@@ -45,8 +45,13 @@ impl Signal {
         }
     }
 
+    /// Waits until the level has risen from where it is now.
+    pub fn next(&self) -> Reached {
+        self.reached(self.level() + 1)
+    }
+
     /// Waits until the level is at least `level`.
-    pub fn reached(&self, level: u8) -> Reached {
+    pub fn reached(&self, level: u64) -> Reached {
         Reached {
             inner: self.inner.clone(),
             level,
@@ -58,7 +63,7 @@ impl Signal {
 /// See [`Signal::reached`]. Costs a slot in a list while it waits, nothing when never polled.
 pub struct Reached {
     inner: Rc<Inner>,
-    level: u8,
+    level: u64,
     slot: Option<usize>,
 }
 

@@ -161,7 +161,7 @@ impl Client {
             if self.inbuf.is_empty() {
                 // An idle connection owns no buffer.
                 self.inbuf = Vec::new();
-                let quiet = race(sleep(idle), core.drain.reached(DRAIN));
+                let quiet = race(core.late(idle), core.drain.reached(DRAIN));
                 match race(self.conn.readable(), quiet).await {
                     Either::First(()) => {}
                     Either::Second(_) => return Awaited::End,
@@ -171,8 +171,11 @@ impl Client {
             let now_ns = clock::monotonic_ns();
             let deadline_ns = *deadline_ns.get_or_insert(now_ns + whole.as_nanos() as u64);
             let left = Duration::from_nanos(deadline_ns.saturating_sub(now_ns));
-            if let Either::Second(_) =
-                race(self.conn.readable(), race(sleep(left), core.drain.reached(STOP))).await
+            if let Either::Second(_) = race(
+                self.conn.readable(),
+                race(core.late(left), core.drain.reached(STOP)),
+            )
+            .await
             {
                 return Awaited::TooSlow;
             }
@@ -192,7 +195,10 @@ impl Client {
 
     /// Comes back when the client has hung up. What it sends meanwhile (a next request) is taken in, within
     /// bounds. Can be dropped and begun again without losing anything.
+    ///
+    /// Looks first at the core's next tick: most requests are over by then and never ask the kernel to watch.
     pub async fn gone(&mut self, core: &Rc<Core>) {
+        core.ticks.next().await;
         loop {
             self.conn.readable().await;
             match self.look_ahead(core) {

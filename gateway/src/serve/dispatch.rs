@@ -14,7 +14,7 @@ use crate::{
     error::{Error, Kind},
     fleet::{Endpoint, Target, route},
     ledger::record::RequestId,
-    net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
+    net::{Conn, Either, clock, race, tcp::Sock, tls},
 };
 
 /// A request to be sent.
@@ -117,7 +117,7 @@ async fn attempt(
     if let Some(conn) = kept {
         core.telemetry.counters().upstream_reuses.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
-        result = exchange(order, target, &mut upstream, account)
+        result = exchange(core, order, target, &mut upstream, account)
             .await
             .map(|()| upstream);
         match result {
@@ -128,7 +128,7 @@ async fn attempt(
     if let Some(conn) = connect(core, endpoint, order.model.timeouts.connect).await {
         core.telemetry.counters().upstream_connects.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
-        result = exchange(order, target, &mut upstream, account)
+        result = exchange(core, order, target, &mut upstream, account)
             .await
             .map(|()| upstream);
     } else {
@@ -176,6 +176,7 @@ async fn connect(core: &Rc<Core>, endpoint: &Endpoint, time: Duration) -> Option
 
 /// Sends the request and receives the answer's head.
 async fn exchange(
+    core: &Rc<Core>,
     order: &Order<'_>,
     target: &Target,
     upstream: &mut Upstream,
@@ -203,7 +204,7 @@ async fn exchange(
     } else {
         timeouts.total
     };
-    match race(upstream.receive_head(), sleep(time)).await {
+    match race(upstream.receive_head(), core.late(time)).await {
         Either::First(Ok(())) => Ok(()),
         Either::First(Err(Broken::Cut)) if sent.is_err() || upstream.received.is_empty() => {
             Err(Failed::Unreachable)

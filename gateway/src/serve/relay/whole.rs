@@ -13,7 +13,7 @@ use crate::{
         head::Version,
     },
     ledger::record::Outcome,
-    net::{Either, clock, race, sleep},
+    net::{Either, clock, race},
     serve::{
         account::Account,
         answer::{self, Framing},
@@ -141,7 +141,7 @@ async fn collect(
         }
         Ok(())
     };
-    let others = race(client.gone(core), race(sleep(time), core.drain.reached(STOP)));
+    let others = race(client.gone(core), race(core.late(time), core.drain.reached(STOP)));
     match race(receive, others).await {
         Either::First(received) => received.map_err(|broken| Ended::Failed(Failure::Upstream(broken))),
         Either::Second(Either::First(())) => Err(Ended::ClientGone),
