@@ -202,10 +202,13 @@ impl Client {
 
     /// Receives until `bytes` have come, and returns all that came until then, framing included.
     pub fn receive_until(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut seen: usize = 0;
         loop {
-            if let Some(at) = memchr::memmem::find(&self.received, bytes) {
-                return self.received.drain(..at + bytes.len()).collect();
+            let from = seen.saturating_sub(bytes.len());
+            if let Some(at) = memchr::memmem::find(&self.received[from..], bytes) {
+                return self.received.drain(..from + at + bytes.len()).collect();
             }
+            seen = self.received.len();
             self.more().expect("more bytes");
         }
     }
