@@ -81,6 +81,22 @@ pub fn expected_content(tokens: usize) -> String {
     (0..tokens).map(|token| format!("t{token} ")).collect()
 }
 
+/// A whole request with the usual key, its header lines (each with its end) and its body as they are.
+pub fn raw(fields: &str, body: &str) -> Vec<u8> {
+    let mut request =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {KEY}\r\n");
+    request.push_str(fields);
+    request.push_str("\r\n");
+    request.push_str(body);
+    request.into_bytes()
+}
+
+/// A chat request as [`Client::post`] sends it.
+pub fn chat_request(model: &str, stream: bool) -> Vec<u8> {
+    let body = chat(model, stream);
+    raw(&format!("content-length: {}\r\n", body.len()), &body)
+}
+
 /// A chat request's body.
 pub fn chat(model: &str, stream: bool) -> String {
     format!(
@@ -120,6 +136,11 @@ impl Client {
     /// Sends a POST with the usual key.
     pub fn post(&mut self, path: &str, body: &str) {
         self.post_with(path, body, &format!("authorization: Bearer {KEY}\r\n"));
+    }
+
+    /// Sends bytes to a gateway that may be gone.
+    pub fn try_send(&mut self, bytes: impl AsRef<[u8]>) -> io::Result<()> {
+        self.socket.write_all(bytes.as_ref())
     }
 
     /// Sends a POST with these header lines.
@@ -202,14 +223,19 @@ impl Client {
 
     /// Receives until `bytes` have come, and returns all that came until then, framing included.
     pub fn receive_until(&mut self, bytes: &[u8]) -> Vec<u8> {
+        self.try_receive_until(bytes).expect("more bytes")
+    }
+
+    /// As [`Client::receive_until`], from a gateway that may be gone.
+    pub fn try_receive_until(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut seen: usize = 0;
         loop {
             let from = seen.saturating_sub(bytes.len());
             if let Some(at) = memchr::memmem::find(&self.received[from..], bytes) {
-                return self.received.drain(..from + at + bytes.len()).collect();
+                return Ok(self.received.drain(..from + at + bytes.len()).collect());
             }
             seen = self.received.len();
-            self.more().expect("more bytes");
+            self.more()?;
         }
     }
 
