@@ -95,6 +95,11 @@ impl Meter {
         &self.ready
     }
 
+    /// What was ready has been sent.
+    pub fn clear_ready(&mut self) {
+        self.ready.clear();
+    }
+
     /// The stream has ended: what was held back of an event that lacks its empty line, to be sent last.
     pub fn finish(&mut self) -> Vec<u8> {
         let rest = std::mem::take(&mut self.carry);

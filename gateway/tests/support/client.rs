@@ -228,10 +228,13 @@ impl Client {
 
     /// As [`Client::receive_until`], from a gateway that may be gone.
     pub fn try_receive_until(&mut self, bytes: &[u8]) -> io::Result<Vec<u8>> {
+        let mut seen: usize = 0;
         loop {
-            if let Some(at) = memchr::memmem::find(&self.received, bytes) {
-                return Ok(self.received.drain(..at + bytes.len()).collect());
+            let from = seen.saturating_sub(bytes.len());
+            if let Some(at) = memchr::memmem::find(&self.received[from..], bytes) {
+                return Ok(self.received.drain(..from + at + bytes.len()).collect());
             }
+            seen = self.received.len();
             self.more()?;
         }
     }

@@ -384,6 +384,8 @@ impl Stream<'_> {
 
     /// An upstream without framing has closed: only the last event tells whether that was the end.
     fn ended_by_close(&mut self, scratch: &mut [u8]) -> Came {
+        // The last read's events went out with it.
+        self.meter.clear_ready();
         self.cut_mid_event = self.meter.is_mid_event();
         let rest = self.meter.finish();
         if !self.meter.seen.done {
