@@ -40,7 +40,7 @@ bench: ## what the gateway costs, beside nginx and no proxy (ARGS="--rounds 1 --
 
 # The test command. Its parts are targets, in the order in which they fail fastest.
 .PHONY: test
-test: setup fmt-check layers lint build unit systemd-check ebpf-check deny ## everything that CI runs
+test: setup fmt-check layers lint build unit systemd-check systemd-boot ebpf-check deny ## everything that CI runs
 	@echo "test: ok"
 
 .PHONY: setup
@@ -75,6 +75,10 @@ unit: ## the tests
 .PHONY: systemd-check
 systemd-check: ## the unit: valid, and exposed no further than it needs
 	systemd/check.sh
+
+.PHONY: systemd-boot
+systemd-boot: build ## the installed service under a systemd of its own: sandbox, reload, restart, end
+	systemd/boot.sh
 
 .PHONY: ebpf
 ebpf: ## build gateway-ebpf/gateway.bpf.o from source

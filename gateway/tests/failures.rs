@@ -9,8 +9,12 @@ use support::{
     Gateway, KEY, Setup,
     client::{Answer, Client, chat, expected_content},
     eventually, fleet,
-    upstream::{STREAM_HEAD, Scripted, Then, chunk, refusing, token},
+    scripted::{STREAM_HEAD, Scripted, Then, chunk, refusing, token},
 };
+
+/// What an estimate may be too high by: the opening event counts as a token, and what its envelope has more than a
+/// token's is taken for text.
+const ENVELOPE_TOKENS: u64 = 16;
 
 const CHAT: &str = "/v1/chat/completions";
 
@@ -131,9 +135,14 @@ fn a_stream_that_dies_ends_with_an_error_event_and_a_closed_connection() {
     let gateway = setup.start();
     for (count, (words, code)) in words.into_iter().enumerate() {
         let (mut client, answer) = ask(&gateway, words, true);
-        // A reset may overtake bytes; what did come is in order.
+        // A reset may overtake bytes, and what came in one read with a broken chunk is lost with it; what did come is
+        // in order.
         let tokens = answer.content().split_whitespace().count();
-        assert!(tokens == 5 || words.contains("rst"), "{words}: {}", answer.text());
+        assert!(
+            tokens == 5 || words.contains("rst") || words.contains("badchunk"),
+            "{words}: {}",
+            answer.text()
+        );
         assert_cut(&mut client, &answer, tokens, code);
         let records = gateway.await_records(count + 1);
         assert_eq!(records.len(), count + 1);
@@ -144,7 +153,7 @@ fn a_stream_that_dies_ends_with_an_error_event_and_a_closed_connection() {
             "{words}"
         );
         assert!(record.flags.has(Flags::ESTIMATED) && record.flags.has(Flags::STREAM));
-        let delivered = tokens as u64..=tokens as u64 + 1;
+        let delivered = tokens as u64..=tokens as u64 + ENVELOPE_TOKENS;
         assert!(
             delivered.contains(&record.usage.completion),
             "{words}: {:?}",
@@ -272,7 +281,7 @@ fn keep_alive_comments_are_no_first_token_but_break_the_silence_later() {
 fn a_request_ends_when_its_whole_time_is_over() {
     let fleet = fleet("tokens=1000000,pace=5ms,first=0");
     let gateway = Setup::new(fleet.url())
-        .timeouts("{ connect: 2s, first_token: 700ms, idle: 700ms, total: 700ms }")
+        .timeouts("{ connect: 700ms, first_token: 700ms, idle: 700ms, total: 700ms }")
         .model("plain", "sim:first=1h")
         .start();
     let (mut client, answer) = ask(&gateway, "fast", true);
@@ -538,11 +547,11 @@ fn a_client_that_leaves_at_any_token_cancels_the_upstream_and_is_billed_for_what
         assert_eq!(record.outcome, Outcome::ClientGone, "{record:?}");
         assert!(record.flags.has(Flags::ESTIMATED) && record.usage.prompt > 0);
         // The opening event counts too; and a busy machine needs some time to see the hang-up.
-        assert!((1..=12 + 100).contains(&record.usage.completion), "{record:?}");
+        assert!((1..=100).contains(&record.usage.completion), "{record:?}");
     }
     let sent = fleet.stats().tokens_sent;
     assert!(
-        billed <= sent + 12 && billed + 24 >= sent,
+        billed <= sent + 12 * ENVELOPE_TOKENS && billed + 24 >= sent,
         "billed {billed} of {sent}"
     );
 }

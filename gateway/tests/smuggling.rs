@@ -10,7 +10,7 @@ use support::{
     Gateway, KEY, PATIENCE, Setup,
     client::{Client, chat, chat_request, raw},
     fleet,
-    upstream::{Scripted, Then},
+    scripted::{Scripted, Then},
 };
 
 /// A gateway that answers at once, and what stands behind it.

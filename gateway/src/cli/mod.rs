@@ -1,6 +1,7 @@
 //! One file a command.
 
 pub mod check;
+pub mod client;
 pub mod common;
 pub mod demo;
 pub mod kernel;

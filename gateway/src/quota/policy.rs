@@ -102,6 +102,7 @@ impl Table {
     /// The bounds of one key, in the order of the configuration.
     pub fn bounds(&mut self, config: &Config, key: &Key) -> Vec<Bound> {
         let mut bounds = Vec::new();
+        let mut places = HashMap::new();
         for (index, limit) in config.limits.iter().enumerate() {
             if !applies(limit, key) {
                 continue;
@@ -117,7 +118,7 @@ impl Table {
                     rate,
                     model: limit.matches.model.as_deref().map(Arc::from),
                     name: format!("limits[{index}]").into(),
-                    level: self.level(limit, key, unit),
+                    level: self.level(limit, key, unit, &mut places),
                 });
             }
         }
@@ -125,13 +126,23 @@ impl Table {
     }
 
     /// A level is known by what its limit matches and its window, not by its amount or its place: changing the
-    /// amount keeps the share that is used up.
-    fn level(&mut self, limit: &Limit, key: &Key, unit: Unit) -> Arc<Level> {
+    /// amount keeps the share that is used up. Limits that are alike in all that are told apart by their order, which
+    /// `places` counts: two of them on one level would each pay for the other.
+    fn level(
+        &mut self,
+        limit: &Limit,
+        key: &Key,
+        unit: Unit,
+        places: &mut HashMap<String, usize>,
+    ) -> Arc<Level> {
         let matches = &limit.matches;
-        let identity = format!(
+        let mut identity = format!(
             "{:?} {:?} {:?} {:?} {:?} {}",
             matches.key, matches.team, matches.model, limit.every, unit, key.name,
         );
+        let place = places.entry(identity.clone()).or_default();
+        identity.push_str(&format!(" {place}"));
+        *place += 1;
         self.levels.entry(identity).or_default().clone()
     }
 

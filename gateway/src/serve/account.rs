@@ -133,6 +133,11 @@ impl Account {
         self.started_ns
     }
 
+    /// When the request had been sent upstream, by the monotonic clock, nanoseconds; 0 before.
+    pub fn dispatched_ns(&self) -> u64 {
+        self.dispatched_ns
+    }
+
     /// Whether the record has been written.
     pub fn is_settled(&self) -> bool {
         self.reservation.is_none()

@@ -102,7 +102,10 @@ pub async fn receive(client: &mut Client, core: &Rc<Core>) -> Result<Body, Faile
             body.reserve(length, http.body_bytes_max, http.bodies_bytes_max)?;
         }
     }
+    // From here on nobody may look for the head, or what it spans, in `inbuf`.
     client.inbuf.drain(..client.head.len);
+    client.head.len = 0;
+    client.body_is_open = client.head.framing != Framing::None;
     if client.head.expect_continue && client.head.version == Version::Http11 && client.inbuf.is_empty() {
         let interim = b"HTTP/1.1 100 Continue\r\n\r\n";
         client
@@ -127,6 +130,7 @@ pub async fn receive(client: &mut Client, core: &Rc<Core>) -> Result<Body, Faile
         }
         Framing::Chunked => receive_chunked(client, core, &mut body, bounds, http.body_timeout).await?,
     }
+    client.body_is_open = false;
     core.telemetry
         .counters()
         .bytes_from_clients

@@ -46,8 +46,10 @@ pub struct Client {
     pub ip: IpAddr,
     /// Bytes received and not consumed. While a request runs it begins with the request's head.
     pub inbuf: Vec<u8>,
-    /// The head of the current request.
+    /// The head of the current request; its length is 0 when it has been consumed.
     pub head: RequestHead,
+    /// The current request's body has not been received to its end: where the next request begins is not known.
+    pub body_is_open: bool,
     /// The longest time that the client may take nothing of an answer.
     pub stall: Duration,
 }
@@ -89,6 +91,7 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
         ip,
         inbuf: Vec::new(),
         head: RequestHead::new(),
+        body_is_open: false,
         stall: http.write_timeout,
     };
     let mut idle = http.head_timeout;

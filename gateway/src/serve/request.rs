@@ -182,7 +182,7 @@ fn begin(client: &Client, core: &Rc<Core>) -> Request {
 impl Request {
     /// The basis of an answer's head now: a body that was not received to its end closes the connection.
     fn answer(&self, client: &Client) -> answer::Head {
-        let at_border = client.head.len == 0;
+        let at_border = client.head.len == 0 && !client.body_is_open;
         answer::Head {
             keep_alive: self.head.keep_alive && at_border,
             ..self.head
@@ -242,11 +242,7 @@ fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key
 
 async fn receive_body(client: &mut Client, core: &Rc<Core>) -> Result<Body, Refusal> {
     match race(body::receive(client, core), core.drain.reached(STOP)).await {
-        Either::First(Ok(body)) => {
-            // The head is consumed with its body: what `inbuf` holds now is the next request's.
-            client.head.len = 0;
-            Ok(body)
-        }
+        Either::First(Ok(body)) => Ok(body),
         Either::First(Err(body::Failed::Error(error))) => Err(error.into()),
         Either::First(Err(body::Failed::Gone)) => Err(Refusal::Gone),
         Either::Second(()) => Err(Error::new(Kind::Stopping, "the gateway is being stopped").into()),

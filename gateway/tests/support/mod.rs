@@ -3,7 +3,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub mod client;
-pub mod upstream;
+pub mod scripted;
 
 use std::{
     fs,

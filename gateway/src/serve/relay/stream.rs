@@ -53,7 +53,10 @@ struct Stream<'c> {
     chunked: bool,
     /// What the client's socket did not take.
     unsent: Vec<u8>,
-    began_ns: u64,
+    /// Something came behind the answer's end.
+    left_over: bool,
+    /// The connection's end came within an event of which the client has a part.
+    cut_mid_event: bool,
     /// When the last bytes came.
     last_ns: u64,
     /// When the last event came; 0 before the first.
@@ -97,7 +100,8 @@ pub async fn run(
         chunked: terms.head.version == Version::Http11,
         terms,
         unsent: Vec::new(),
-        began_ns: now_ns,
+        left_over: false,
+        cut_mid_event: false,
         last_ns: now_ns,
         last_event_ns: 0,
     };
@@ -108,7 +112,7 @@ pub async fn run(
     core.streams_open.set(core.streams_open.get() - 1);
     match next {
         (next, true) => {
-            stream.upstream.finish(false);
+            stream.upstream.finish(stream.left_over);
             next
         }
         (next, false) => next,
@@ -228,7 +232,7 @@ impl Stream<'_> {
         };
         match conn.try_read(&mut scratch[READ_FROM..READ_TO]) {
             Ok(None) => Came::More,
-            Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(),
+            Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(scratch),
             Ok(Some(0)) | Err(_) => Came::Failed(Failure::Upstream(Broken::Cut)),
             Ok(Some(n)) => self.pass(scratch, n),
         }
@@ -250,19 +254,18 @@ impl Stream<'_> {
         } else {
             Vec::new()
         };
+        self.account
+            .sent(self.meter.ready().len() + kept.len() + rest.len());
         if decoded.done || self.meter.seen.done {
             // The client may take the last event for the end, so the books are closed before it leaves.
             self.settle(self.finished());
         }
-        self.account
-            .sent(self.meter.ready().len() + kept.len() + rest.len());
-        let left_over = decoded.consumed < n;
+        // Bytes behind the answer's end make the connection useless, not the answer.
+        self.left_over = decoded.done && decoded.consumed < n;
         let sent = self.send(scratch, kept, &rest, decoded.done);
         match (sent, decoded.done) {
             (false, _) => Came::ClientGone,
             (true, false) => Came::More,
-            // Bytes behind the answer's end make the connection useless, not the answer.
-            (true, true) if left_over => Came::Failed(Failure::Upstream(Broken::Malformed)),
             (true, true) => Came::End,
         }
     }
@@ -359,7 +362,10 @@ impl Stream<'_> {
     fn patience(&self) -> Duration {
         let now_ns = clock::monotonic_ns();
         let silence = match self.last_event_ns {
-            0 => left(self.terms.timeouts.first_token, now_ns - self.began_ns),
+            0 => left(
+                self.terms.timeouts.first_token,
+                now_ns - self.account.dispatched_ns(),
+            ),
             _ => left(self.terms.timeouts.idle, now_ns - self.last_ns),
         };
         silence.min(left(
@@ -377,14 +383,15 @@ impl Stream<'_> {
     }
 
     /// An upstream without framing has closed: only the last event tells whether that was the end.
-    fn ended_by_close(&mut self) -> Came {
+    fn ended_by_close(&mut self, scratch: &mut [u8]) -> Came {
+        self.cut_mid_event = self.meter.is_mid_event();
         let rest = self.meter.finish();
         if !self.meter.seen.done {
             return Came::Failed(Failure::Upstream(Broken::Cut));
         }
+        self.account.sent(rest.len());
         self.settle(self.finished());
-        let core = self.core.clone();
-        match self.send(&mut core.scratch(), READ_FROM..READ_FROM, &rest, true) {
+        match self.send(scratch, READ_FROM..READ_FROM, &rest, true) {
             true => Came::End,
             false => Came::ClientGone,
         }
@@ -432,7 +439,8 @@ impl Stream<'_> {
             self.core.telemetry.counters().stream_errors.inc();
             self.settle(failure.outcome());
             // What was begun of an event cannot be taken back: it is ended, so that the error can be read.
-            let gap: &[u8] = if self.meter.is_mid_event() { b"\n\n" } else { b"" };
+            let mid_event = self.cut_mid_event || self.meter.is_mid_event();
+            let gap: &[u8] = if mid_event { b"\n\n" } else { b"" };
             let event = [gap, &error_event(self.terms.api, &error)].concat();
             if self.chunked {
                 let mut line = [0; CHUNK_HEAD_BYTES_MAX];
