@@ -24,6 +24,9 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The key that [`Setup::config`] lets in.
 pub const KEY: &str = "sk-test-alice";
 
+/// The built binary.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_gateway");
+
 /// A gateway under test. Dropping it kills the process and removes its directory.
 pub struct Gateway {
     child: Child,
@@ -50,13 +53,16 @@ impl Gateway {
 
     /// As [`Gateway::start_in`]; an error is what the process said before it ended.
     pub fn try_start_in(directory: tempfile::TempDir, config: &str) -> Result<Gateway, String> {
-        let path = directory.path().join("gateway.yaml");
-        fs::write(
-            &path,
-            config.replace("{dir}", &directory.path().display().to_string()),
-        )
-        .expect("a file");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_gateway"));
+        Gateway::try_start_by(Command::new(BINARY), directory, config)
+    }
+
+    /// As [`Gateway::try_start_in`], by a command that ends in the binary: with an environment or below another program.
+    pub fn try_start_by(
+        mut command: Command,
+        directory: tempfile::TempDir,
+        config: &str,
+    ) -> Result<Gateway, String> {
+        let path = write_config(directory.path(), config);
         command
             .arg("run")
             .arg("-c")
@@ -123,6 +129,33 @@ impl Gateway {
         self.log.lock().expect("no panic while locked").join("\n")
     }
 
+    /// Waits until it has written `text` to its log, and returns the line.
+    pub fn await_log(&self, text: &str) -> String {
+        eventually(&format!("{text:?} in the log:\n{}", self.log()), || {
+            self.log()
+                .lines()
+                .find(|line| line.contains(text))
+                .map(str::to_string)
+        })
+    }
+
+    /// Puts another configuration into its file and asks it to reload; returns what the log says of it.
+    pub fn reload(&self, config: &str) -> String {
+        const OUTCOMES: [&str; 2] = ["configuration reloaded", "the old one stays"];
+        let outcomes = || -> Vec<String> {
+            let is_outcome = |line: &&str| OUTCOMES.iter().any(|outcome| line.contains(outcome));
+            self.log()
+                .lines()
+                .filter(is_outcome)
+                .map(str::to_string)
+                .collect()
+        };
+        let before = outcomes().len();
+        write_config(self.dir(), config);
+        self.signal(libc::SIGHUP);
+        eventually("a reload", || outcomes().get(before).cloned())
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: kill takes plain numbers; the child has not been waited for.
@@ -185,6 +218,13 @@ impl Drop for Gateway {
             eprintln!("--- the gateway's log:\n{}", self.log());
         }
     }
+}
+
+/// Writes a configuration into a directory, for which `{dir}` in it stands.
+pub fn write_config(directory: &Path, config: &str) -> PathBuf {
+    let path = directory.join("gateway.yaml");
+    fs::write(&path, config.replace("{dir}", &directory.display().to_string())).expect("a file");
+    path
 }
 
 /// Waits until `check` gives something.
