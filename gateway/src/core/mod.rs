@@ -86,8 +86,6 @@ pub struct Core {
     pub connections: Cell<usize>,
     /// Requests accepted and not ended: records to be written.
     pub accounts_open: Cell<usize>,
-    /// Streams running now.
-    pub streams_open: Cell<usize>,
     /// The empty name, so that a record without one costs no allocation.
     pub empty: Arc<str>,
     journal: RefCell<Journal>,
@@ -107,7 +105,6 @@ impl Core {
             bodies_bytes: Cell::new(0),
             connections: Cell::new(0),
             accounts_open: Cell::new(0),
-            streams_open: Cell::new(0),
             empty: Arc::from(""),
             journal: RefCell::new(journal),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),

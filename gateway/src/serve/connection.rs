@@ -10,7 +10,7 @@ use std::{
 
 use rustls::ServerConfig;
 
-use super::{answer, request};
+use super::{answer, relay::Stream, request};
 use crate::{
     core::{Core, DRAIN, STOP},
     error::{Dialect, Error, Kind},
@@ -36,6 +36,13 @@ pub enum Next {
     Close,
     /// Broken: nothing more can be said on it.
     Gone,
+}
+
+/// What became of a request.
+pub enum Served {
+    Done(Next),
+    /// The answer is a stream, still to be run.
+    Stream(Box<Stream>),
 }
 
 /// A connected client.
@@ -109,8 +116,12 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
                 return client.refuse_head(&core, &answer).await;
             }
         }
-        // Boxed: an idle connection then holds no room for a request's state.
-        let next = Box::pin(request::serve(&mut client, &core)).await;
+        // Boxed: an idle connection holds no room for a request's state, and a stream, which may run for minutes, none
+        // for what came before it.
+        let next = match Box::pin(request::serve(&mut client, &core)).await {
+            Served::Done(next) => next,
+            Served::Stream(stream) => Box::pin(stream.run(&mut client)).await,
+        };
         match next {
             Next::KeepAlive if core.drain.level() < DRAIN => {}
             Next::KeepAlive => return client.conn.shutdown(),

@@ -3,12 +3,14 @@
 mod stream;
 mod whole;
 
+pub use stream::Stream;
+
 use std::{rc::Rc, time::Duration};
 
 use super::{
     account::Account,
     answer,
-    connection::{Client, Next},
+    connection::{Client, Next, Served},
     snapshot::Timeouts,
     upstream::{Broken, Upstream},
 };
@@ -45,23 +47,23 @@ enum Failure {
     Stop,
 }
 
-/// Passes the answer on and closes the account.
+/// Passes the answer on and closes the account; a stream is left to the caller to run.
 pub async fn run(
     client: &mut Client,
     core: &Rc<Core>,
     upstream: Upstream,
     mut account: Account,
     terms: Terms,
-) -> Next {
+) -> Served {
     if matches!(upstream.head.status, 401 | 403) {
-        return refused_credential(client, upstream, account, &terms).await;
+        return Served::Done(refused_credential(client, upstream, account, &terms).await);
     }
     let is_stream = upstream.head.status == 200 && content_type(&upstream).starts_with(b"text/event-stream");
     account.answering(upstream.head.status, is_stream);
     if is_stream {
-        return stream::run(client, core, upstream, account, terms).await;
+        return Served::Stream(Box::new(Stream::new(core, upstream, account, terms)));
     }
-    whole::run(client, core, upstream, account, terms).await
+    Served::Done(whole::run(client, core, upstream, account, terms).await)
 }
 
 fn content_type(upstream: &Upstream) -> &[u8] {

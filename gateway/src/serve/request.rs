@@ -14,7 +14,7 @@ use super::{
     account::Account,
     answer,
     body::{self, Body},
-    connection::{Client, Next},
+    connection::{Client, Next, Served},
     dispatch::{self, Order},
     relay,
     snapshot::{Key, Model, Snapshot},
@@ -79,10 +79,10 @@ enum Route {
 }
 
 /// Serves the request whose head stands at the beginning of `client.inbuf`.
-pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Next {
+pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
     let request = begin(client, core);
     let refusal = match exchange(client, core, &request).await {
-        Ok(next) => return next,
+        Ok(served) => return served,
         Err(refusal) => refusal,
     };
     if let Refusal::Error(error) | Refusal::Denied(error, _) = &refusal {
@@ -92,11 +92,11 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Next {
     consume_bodyless(client);
     let head = request.answer(client);
     let bytes = match &refusal {
-        Refusal::Gone => return Next::Gone,
+        Refusal::Gone => return Served::Done(Next::Gone),
         Refusal::Error(error) | Refusal::Accounted(error) => answer::error(error, request.dialect, head),
         Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
     };
-    write_whole(client, core, &bytes, head).await
+    Served::Done(write_whole(client, core, &bytes, head).await)
 }
 
 /// A request without a body ends with its head, whatever became of it.
@@ -117,14 +117,18 @@ async fn write_whole(client: &mut Client, core: &Rc<Core>, bytes: &[u8], head: a
 }
 
 /// The stages in their order.
-async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Next, Refusal> {
+async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Served, Refusal> {
     let api = match route(client)? {
         Route::Api(api) => api,
-        Route::Health => return Ok(own_answer(client, core, request, 200, br#"{"status":"ok"}"#).await),
-        Route::Ready => return Ok(ready(client, core, request).await),
+        Route::Health => {
+            return Ok(Served::Done(
+                own_answer(client, core, request, 200, br#"{"status":"ok"}"#).await,
+            ));
+        }
+        Route::Ready => return Ok(Served::Done(ready(client, core, request).await)),
         Route::Models => {
             let key = authenticate(client, request)?.clone();
-            return Ok(models(client, core, request, &key).await);
+            return Ok(Served::Done(models(client, core, request, &key).await));
         }
     };
     let key = authenticate(client, request)?.clone();

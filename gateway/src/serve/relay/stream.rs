@@ -42,8 +42,7 @@ const READ_TO: usize = SCRATCH_BYTES - CHUNK_END.len();
 const READS_IN_A_ROW: u32 = 16;
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
-struct Stream<'c> {
-    client: &'c mut Client,
+pub struct Stream {
     core: Rc<Core>,
     upstream: Upstream,
     account: Account,
@@ -82,61 +81,56 @@ enum Woken {
     Stop,
 }
 
-/// Relays a stream from its head to its end.
-pub async fn run(
-    client: &mut Client,
-    core: &Rc<Core>,
-    upstream: Upstream,
-    account: Account,
-    terms: Terms,
-) -> Next {
-    let now_ns = clock::monotonic_ns();
-    let mut stream = Stream {
-        client,
-        core: core.clone(),
-        upstream,
-        account,
-        meter: Meter::new(terms.api, terms.hide_usage),
-        chunked: terms.head.version == Version::Http11,
-        terms,
-        unsent: Vec::new(),
-        left_over: false,
-        cut_mid_event: false,
-        last_ns: now_ns,
-        last_event_ns: 0,
-    };
-    core.streams_open.set(core.streams_open.get() + 1);
-    core.telemetry.counters().streams_opened.inc();
-    let next = stream.relay().await;
-    core.telemetry.counters().streams_closed.inc();
-    core.streams_open.set(core.streams_open.get() - 1);
-    match next {
-        (next, true) => {
-            stream.upstream.finish(stream.left_over);
-            next
+impl Stream {
+    /// A stream whose upstream has answered and whose client has been sent nothing.
+    pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
+        Stream {
+            core: core.clone(),
+            upstream,
+            account,
+            meter: Meter::new(terms.api, terms.hide_usage),
+            chunked: terms.head.version == Version::Http11,
+            terms,
+            unsent: Vec::new(),
+            left_over: false,
+            cut_mid_event: false,
+            last_ns: clock::monotonic_ns(),
+            last_event_ns: 0,
         }
-        (next, false) => next,
     }
-}
 
-impl Stream<'_> {
+    /// Relays it from its head to its end.
+    pub async fn run(mut self: Box<Stream>, client: &mut Client) -> Next {
+        let core = self.core.clone();
+        core.telemetry.counters().streams_opened.inc();
+        let (next, upstream_is_whole) = self.relay(client).await;
+        core.telemetry.counters().streams_closed.inc();
+        if upstream_is_whole {
+            let Stream {
+                upstream, left_over, ..
+            } = *self;
+            upstream.finish(left_over);
+        }
+        next
+    }
+
     /// Returns also whether the upstream's connection can be used again.
-    async fn relay(&mut self) -> (Next, bool) {
-        let mut came = self.begin();
-        let sock = self.client.conn.sock().clone();
+    async fn relay(&mut self, client: &mut Client) -> (Next, bool) {
+        let mut came = self.begin(client);
+        let sock = client.conn.sock().clone();
         let mut client_stirs = pin!(sock.readable());
         let mut watching = true;
         let mut timer = Timer::new(self.patience());
         let mut stop = pin!(self.core.drain.reached(STOP));
         let mut reads = 0;
         loop {
-            if !self.flush(&mut stop).await {
+            if !self.flush(client, &mut stop).await {
                 came = Came::ClientGone;
             }
             match came {
                 Came::More => {}
                 Came::End => return (self.next(), true),
-                Came::Failed(failure) => return (self.fail(failure).await, false),
+                Came::Failed(failure) => return (self.fail(client, failure).await, false),
                 Came::ClientGone => return (self.client_gone(), false),
             }
             reads += 1;
@@ -145,7 +139,7 @@ impl Stream<'_> {
             }
             let watched = watching.then_some(client_stirs.as_mut());
             came = match self.wait(watched, &mut timer, stop.as_mut()).await {
-                Woken::Upstream => self.read(),
+                Woken::Upstream => self.read(client),
                 Woken::Stop => Came::Failed(Failure::Stop),
                 Woken::Timer => match self.overdue() {
                     Some(failure) => Came::Failed(failure),
@@ -154,7 +148,7 @@ impl Stream<'_> {
                         Came::More
                     }
                 },
-                Woken::Client => match self.client.look_ahead(&self.core) {
+                Woken::Client => match client.look_ahead(&self.core) {
                     Ahead::Gone => Came::ClientGone,
                     Ahead::Full => {
                         watching = false;
@@ -170,7 +164,7 @@ impl Stream<'_> {
     }
 
     /// Sends the head, together with what came behind the upstream's.
-    fn begin(&mut self) -> Came {
+    fn begin(&mut self, client: &mut Client) -> Came {
         let framing = if self.chunked {
             Framing::Chunked
         } else {
@@ -186,7 +180,7 @@ impl Stream<'_> {
             let core = self.core.clone();
             let scratch = &mut *core.scratch();
             scratch[READ_FROM..READ_FROM + part.len()].copy_from_slice(part);
-            came = self.pass(scratch, part.len());
+            came = self.pass(client, scratch, part.len());
             if !matches!(came, Came::More) {
                 break;
             }
@@ -224,7 +218,7 @@ impl Stream<'_> {
     }
 
     /// Takes what the upstream sent and passes it on.
-    fn read(&mut self) -> Came {
+    fn read(&mut self, client: &mut Client) -> Came {
         let core = self.core.clone();
         let scratch = &mut *core.scratch();
         let Ok(conn) = self.upstream.conn() else {
@@ -232,14 +226,14 @@ impl Stream<'_> {
         };
         match conn.try_read(&mut scratch[READ_FROM..READ_TO]) {
             Ok(None) => Came::More,
-            Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(scratch),
+            Ok(Some(0)) if self.upstream.ends_by_close() => self.ended_by_close(client, scratch),
             Ok(Some(0)) | Err(_) => Came::Failed(Failure::Upstream(Broken::Cut)),
-            Ok(Some(n)) => self.pass(scratch, n),
+            Ok(Some(n)) => self.pass(client, scratch, n),
         }
     }
 
     /// Passes on `n` bytes that stand in the scratch buffer at [`READ_FROM`].
-    fn pass(&mut self, scratch: &mut [u8], n: usize) -> Came {
+    fn pass(&mut self, client: &mut Client, scratch: &mut [u8], n: usize) -> Came {
         let decoded = match self.upstream.deframe(&mut scratch[READ_FROM..READ_FROM + n]) {
             Ok(decoded) => decoded,
             Err(broken) => return Came::Failed(Failure::Upstream(broken)),
@@ -262,7 +256,7 @@ impl Stream<'_> {
         }
         // Bytes behind the answer's end make the connection useless, not the answer.
         self.left_over = decoded.done && decoded.consumed < n;
-        let sent = self.send(scratch, kept, &rest, decoded.done);
+        let sent = self.send(client, scratch, kept, &rest, decoded.done);
         match (sent, decoded.done) {
             (false, _) => Came::ClientGone,
             (true, false) => Came::More,
@@ -272,7 +266,14 @@ impl Stream<'_> {
 
     /// Sends carried events, a part of the scratch buffer, a tail, and the stream's end; what the socket does not take
     /// is kept. False: the client is gone.
-    fn send(&mut self, scratch: &mut [u8], part: std::ops::Range<usize>, tail: &[u8], end: bool) -> bool {
+    fn send(
+        &mut self,
+        client: &mut Client,
+        scratch: &mut [u8],
+        part: std::ops::Range<usize>,
+        tail: &[u8],
+        end: bool,
+    ) -> bool {
         let mut line = [0; CHUNK_HEAD_BYTES_MAX];
         let mut tail_line = [0; CHUNK_HEAD_BYTES_MAX];
         let ready = self.meter.ready();
@@ -307,7 +308,7 @@ impl Stream<'_> {
         self.core.telemetry.counters().bytes_to_clients.add(total as u64);
         let mut taken = 0;
         if self.unsent.is_empty() {
-            match self.client.conn.try_write_slices(&slices.map(IoSlice::new)) {
+            match client.conn.try_write_slices(&slices.map(IoSlice::new)) {
                 Ok(n) => taken = n,
                 Err(_) => return false,
             }
@@ -322,13 +323,13 @@ impl Stream<'_> {
 
     /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
     /// meanwhile. False: the client is gone, or takes nothing for too long.
-    async fn flush(&mut self, stop: &mut Pin<&mut Reached>) -> bool {
-        if self.unsent.is_empty() && !self.client.conn.has_unsent() {
+    async fn flush(&mut self, client: &mut Client, stop: &mut Pin<&mut Reached>) -> bool {
+        if self.unsent.is_empty() && !client.conn.has_unsent() {
             return true;
         }
         let unsent = std::mem::take(&mut self.unsent);
-        let stall = self.client.stall;
-        match race(self.client.conn.write_all(&unsent, stall), stop.as_mut()).await {
+        let stall = client.stall;
+        match race(client.conn.write_all(&unsent, stall), stop.as_mut()).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
                 self.last_ns = clock::monotonic_ns();
@@ -383,7 +384,7 @@ impl Stream<'_> {
     }
 
     /// An upstream without framing has closed: only the last event tells whether that was the end.
-    fn ended_by_close(&mut self, scratch: &mut [u8]) -> Came {
+    fn ended_by_close(&mut self, client: &mut Client, scratch: &mut [u8]) -> Came {
         // The last read's events went out with it.
         self.meter.clear_ready();
         self.cut_mid_event = self.meter.is_mid_event();
@@ -393,7 +394,7 @@ impl Stream<'_> {
         }
         self.account.sent(rest.len());
         self.settle(self.finished());
-        match self.send(scratch, READ_FROM..READ_FROM, &rest, true) {
+        match self.send(client, scratch, READ_FROM..READ_FROM, &rest, true) {
             true => Came::End,
             false => Came::ClientGone,
         }
@@ -433,7 +434,7 @@ impl Stream<'_> {
     }
 
     /// Ends a stream that cannot be completed: with an error event, never with what looks like a proper end.
-    async fn fail(&mut self, failure: Failure) -> Next {
+    async fn fail(&mut self, client: &mut Client, failure: Failure) -> Next {
         let mut bytes = Vec::new();
         if !self.account.is_settled() {
             let error = failure.error();
@@ -456,7 +457,7 @@ impl Stream<'_> {
         if self.chunked {
             bytes.extend_from_slice(LAST_CHUNK);
         }
-        match self.client.conn.write_all(&bytes, self.client.stall).await {
+        match client.conn.write_all(&bytes, client.stall).await {
             Ok(()) => Next::Close,
             Err(_) => Next::Gone,
         }
