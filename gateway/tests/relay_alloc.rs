@@ -12,7 +12,6 @@ use std::{
         Arc,
         atomic::{AtomicI32, AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use gateway::{
@@ -202,11 +201,6 @@ fn core_thread() -> i32 {
         .expect("a data-plane thread")
 }
 
-/// How often the thread looks after itself, and what that (a timer of the runtime) may ask for; it has nothing to do with
-/// events.
-const TICK_MS: u64 = 50;
-const ALLOCATIONS_PER_TICK: u64 = 2;
-
 #[test]
 fn a_running_stream_allocates_nothing_for_an_event() {
     const TOKENS: usize = 3_000;
@@ -221,21 +215,11 @@ fn a_running_stream_allocates_nothing_for_an_event() {
             let mut client = Client::connect(plane.addr);
             client.post("/v1/chat/completions", &chat(model, true));
             client.receive_until(b"\"t200 \"");
-            let (before, began) = (WATCHED_COUNT.load(Ordering::Relaxed), Instant::now());
-            client.receive_until(format!("\"t{} \"", tokens - 1).as_bytes());
+            let before = WATCHED_COUNT.load(Ordering::Relaxed);
+            // The stream's end, which tells the usage and gives the connection back, comes later.
+            client.receive_until(format!("\"t{} \"", tokens - 100).as_bytes());
             let allocations = WATCHED_COUNT.load(Ordering::Relaxed) - before;
-            let ticks = began.elapsed().as_millis() as u64 / TICK_MS + 1;
-            assert!(
-                allocations <= ALLOCATIONS_PER_TICK * ticks,
-                "{allocations} in {ticks} ticks: {model} on {}",
-                engine.name()
-            );
-            // That bound means something: events were many more.
-            assert!(
-                allocations < (tokens as u64 - 200) / 2,
-                "{model} on {}",
-                engine.name()
-            );
+            assert_eq!(allocations, 0, "{model} on {}", engine.name());
         }
         // The count is not of the wrong thread: a new request does allocate.
         let before = WATCHED_COUNT.load(Ordering::Relaxed);
