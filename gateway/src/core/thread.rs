@@ -5,15 +5,16 @@ use std::{
     io,
     net::{SocketAddr, TcpListener},
     panic::{AssertUnwindSafe, catch_unwind},
-    pin::pin,
+    pin::Pin,
     rc::Rc,
     sync::{Arc, mpsc},
-    task::Poll,
+    task::{Context, Poll},
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
+use pin_project_lite::pin_project;
 use rustls::ServerConfig;
 
 use super::{Core, DRAIN, STOP, Shared};
@@ -210,7 +211,10 @@ fn admit(core: &Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<Arc<Serv
     core.connections.set(core.connections.get() + 1);
     let core = core.clone();
     spawn(async move {
-        let served = guarded(connection::run(core.clone(), sock, peer, tls)).await;
+        let served = Guarded {
+            future: connection::run(core.clone(), sock, peer, tls),
+        }
+        .await;
         if served.is_err() {
             tracing::error!(%peer, "a connection's task panicked; this is a bug");
         }
@@ -219,17 +223,24 @@ fn admit(core: &Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<Arc<Serv
     });
 }
 
-/// Runs a future so that its panic ends only itself.
-async fn guarded(future: impl Future<Output = ()>) -> Result<(), ()> {
-    let mut future = pin!(future);
-    std::future::poll_fn(move |cx| {
+pin_project! {
+    /// Runs a future so that its panic ends only itself.
+    struct Guarded<F> {
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future<Output = ()>> Future for Guarded<F> {
+    type Output = Result<(), ()>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let future = self.project().future;
         // What the future was changing when it panicked is dropped with it; what it shares with others are
         // counters and cells, which are whole between two statements.
-        match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
-            Ok(Poll::Pending) => Poll::Pending,
-            Ok(Poll::Ready(())) => Poll::Ready(Ok(())),
+        match catch_unwind(AssertUnwindSafe(|| future.poll(cx))) {
+            Ok(done) => done.map(Ok),
             Err(_) => Poll::Ready(Err(())),
         }
-    })
-    .await
+    }
 }
