@@ -47,6 +47,7 @@ pub fn open(config: &Config, cores: usize) -> anyhow::Result<Vec<Group>> {
             None => None,
         };
         let cannot = || format!("cannot listen on {wanted}");
+        tcp::ensure_free(wanted).with_context(cannot)?;
         let first = tcp::listen(wanted).with_context(cannot)?;
         let address = first.local_addr().with_context(cannot)?;
         let mut sockets = vec![first];

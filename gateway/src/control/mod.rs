@@ -13,7 +13,7 @@ use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::{Context, bail};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval},
 };
 
@@ -86,7 +86,6 @@ struct Gateway {
     ledger: Arc<Ledger>,
     admin: std::net::TcpListener,
     token: Secret,
-    drain: Duration,
 }
 
 impl Gateway {
@@ -121,7 +120,6 @@ impl Gateway {
         )
         .context("cannot start the data plane")?;
         let ledger = Arc::new(ledger);
-        let drain = config.drain.0;
         let state = State::new(
             path,
             config,
@@ -134,14 +132,12 @@ impl Gateway {
             addresses,
             tls,
         )?;
-        tracing::info!(cores, engine = engine.name(), admin = %admin.local_addr()?, "ready");
         Ok(Gateway {
             state: Arc::new(state),
             threads,
             ledger,
             admin,
             token,
-            drain,
         })
     }
 
@@ -153,17 +149,21 @@ impl Gateway {
             ledger,
             admin,
             token,
-            drain,
         } = self;
+        // Before anyone is told that the gateway is ready: a signal then no longer kills it.
+        let signals = Signals::listen()?;
         let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
+        let address = admin.local_addr()?;
         let admin = tokio::net::TcpListener::from_std(admin)?;
         let api = admin::serve(admin, state.clone(), token, async {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);
+        let (cores, engine) = (state.shared.cores.len(), state.engine.name());
+        tracing::info!(cores, engine, admin = %address, "ready");
         notify::ready();
         notify::status(&state.summary());
-        let lived = live(&state, &threads, drain).await;
+        let lived = live(&state, &threads, signals).await;
         let _ = stop_admin.send(());
         // An open scrape does not hold up the end.
         let _ = tokio::time::timeout(Duration::from_millis(500), api).await;
@@ -231,11 +231,26 @@ fn load_kernel(
     }
 }
 
+/// What the process is told by signals.
+struct Signals {
+    hangup: Signal,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn listen() -> anyhow::Result<Signals> {
+        let of = |kind| signal(kind).context("cannot listen to signals");
+        Ok(Signals {
+            hangup: of(SignalKind::hangup())?,
+            terminate: of(SignalKind::terminate())?,
+            interrupt: of(SignalKind::interrupt())?,
+        })
+    }
+}
+
 /// Signals and ticks, until the data plane has ended.
-async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> anyhow::Result<()> {
-    let mut hangup = signal(SignalKind::hangup())?;
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
+async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals) -> anyhow::Result<()> {
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut watchdog = notify::Watchdog::new();
@@ -243,16 +258,16 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
     loop {
         let asked_to_end = tokio::select! {
             _ = ticks.tick() => false,
-            _ = hangup.recv() => {
+            _ = signals.hangup.recv() => {
                 // The reason of a refusal is in the log.
                 let _ = state.reload();
                 false
             }
-            _ = terminate.recv() => true,
-            _ = interrupt.recv() => true,
+            _ = signals.terminate.recv() => true,
+            _ = signals.interrupt.recv() => true,
         };
         if asked_to_end {
-            deadline = Some(end(state, deadline, drain));
+            deadline = Some(end(state, deadline));
         }
         state.tick();
         watchdog.beat(|| state.cores_are_alive(HEARTBEAT_MS_MAX));
@@ -275,10 +290,11 @@ async fn live(state: &Arc<State>, threads: &core::Threads, drain: Duration) -> a
 }
 
 /// A signal to end: the first drains, the second stops. Returns until when.
-fn end(state: &State, deadline: Option<Instant>, drain: Duration) -> Instant {
+fn end(state: &State, deadline: Option<Instant>) -> Instant {
     if deadline.is_some() {
         return stop(state);
     }
+    let drain = state.drain();
     notify::stopping();
     tracing::info!(
         seconds = drain.as_secs(),

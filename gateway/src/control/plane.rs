@@ -131,6 +131,11 @@ impl State {
             .all(|core| core.heartbeat_age_ms(now_ms) <= age_ms_max)
     }
 
+    /// How long running requests may go on after the first signal to end.
+    pub fn drain(&self) -> Duration {
+        self.inner().config.drain.0
+    }
+
     /// Writes out what is left at the end.
     pub fn end(&self) {
         self.log.flush();

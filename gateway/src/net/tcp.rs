@@ -22,6 +22,17 @@ const BACKLOG: i32 = 4096;
 /// wait. Bounds what a slow reader can pile up beyond what is in flight (tcp(7), `TCP_NOTSENT_LOWAT`).
 const NOT_SENT_LOW_WATER_BYTES: u32 = 128 * 1024;
 
+/// Fails where another socket listens on `address`, also one that would share it (`SO_REUSEPORT`) with
+/// another process of the same user: a second gateway would silently take a part of the first one's clients.
+pub fn ensure_free(address: SocketAddr) -> io::Result<()> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())
+}
+
 /// Opens one listening socket of a group that shares `address` (`SO_REUSEPORT`).
 pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;

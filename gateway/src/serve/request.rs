@@ -90,7 +90,7 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
         log_refusal(client, core, &request, error);
     }
     consume_bodyless(client);
-    let head = request.answer(client);
+    let head = request.answer(client, core);
     let bytes = match &refusal {
         Refusal::Gone => return Served::Done(Next::Gone),
         Refusal::Error(error) | Refusal::Accounted(error) => answer::error(error, request.dialect, head),
@@ -156,7 +156,7 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         timeouts: model.timeouts,
         report,
         dialect: request.dialect,
-        head: request.answer(client),
+        head: request.answer(client, core),
     };
     Ok(relay::run(client, core, upstream, account, terms).await)
 }
@@ -185,10 +185,12 @@ fn begin(client: &Client, core: &Rc<Core>) -> Request {
 
 impl Request {
     /// The basis of an answer's head now: a body that was not received to its end closes the connection.
-    fn answer(&self, client: &Client) -> answer::Head {
+    fn answer(&self, client: &Client, core: &Core) -> answer::Head {
         let at_border = client.head.len == 0 && !client.body_is_open;
+        // The drain may have begun since the head came.
+        let stays = core.drain.level() < DRAIN;
         answer::Head {
-            keep_alive: self.head.keep_alive && at_border,
+            keep_alive: self.head.keep_alive && at_border && stays,
             ..self.head
         }
     }
@@ -395,7 +397,7 @@ async fn own_answer(
     body: &[u8],
 ) -> Next {
     consume_bodyless(client);
-    let head = request.answer(client);
+    let head = request.answer(client, core);
     core.telemetry.counters().response(status);
     write_whole(client, core, &answer::json(status, body, head), head).await
 }

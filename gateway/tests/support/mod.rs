@@ -156,6 +156,18 @@ impl Gateway {
         eventually("a reload", || outcomes().get(before).cloned())
     }
 
+    /// Asks the admin API with its token, as `GET /status`; the body, if any, is sent as JSON.
+    pub fn admin(&self, request: &str, body: &str) -> client::Answer {
+        let token = fs::read_to_string(self.state().join("admin.token")).expect("a generated token");
+        let mut client = client::Client::connect(self.admin);
+        let (token, length) = (token.trim(), body.len());
+        client.send(format!(
+            "{request} HTTP/1.1\r\nhost: admin\r\nauthorization: Bearer {token}\r\n\
+             content-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}"
+        ));
+        client.answer()
+    }
+
     /// Sends a signal.
     pub fn signal(&self, signal: i32) {
         // SAFETY: kill takes plain numbers; the child has not been waited for.

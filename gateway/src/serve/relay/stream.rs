@@ -335,7 +335,11 @@ impl Stream {
                 self.last_ns = clock::monotonic_ns();
                 result.is_ok()
             }
-            Either::Second(()) => false,
+            Either::Second(()) => {
+                // The client stands in the middle of a chunk, where no error event can be put.
+                self.settle(Outcome::Stopped);
+                false
+            }
         }
     }
 
