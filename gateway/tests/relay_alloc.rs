@@ -12,7 +12,6 @@ use std::{
         Arc,
         atomic::{AtomicI32, AtomicU64, Ordering},
     },
-    time::Instant,
 };
 
 use gateway::{
@@ -202,35 +201,25 @@ fn core_thread() -> i32 {
         .expect("a data-plane thread")
 }
 
-/// How often the thread looks after itself, and what that (a timer of the runtime) may ask for; it has nothing to do with
-/// events.
-const TICK_MS: u64 = 50;
-const ALLOCATIONS_PER_TICK: u64 = 2;
-
 #[test]
 fn a_running_stream_allocates_nothing_for_an_event() {
     const TOKENS: usize = 3_000;
     let fleet = fleet(&format!("tokens={TOKENS},pace=100us,first=1ms"));
     for engine in [Engine::Epoll, Engine::IoUring] {
         let plane = Plane::start(
-            &Setup::new(fleet.url()).model("cut", "sim:split=40,gap=100us,tokens=1000"),
+            &Setup::new(fleet.url()).model("cut", "sim:split=70,gap=100us,tokens=600"),
             engine,
         );
         WATCHED.store(core_thread(), Ordering::Relaxed);
-        for (model, tokens) in [("fast", TOKENS), ("cut", 1_000)] {
+        for (model, tokens) in [("fast", TOKENS), ("cut", 600)] {
             let mut client = Client::connect(plane.addr);
             client.post("/v1/chat/completions", &chat(model, true));
             client.receive_until(b"\"t200 \"");
-            let (before, began) = (WATCHED_COUNT.load(Ordering::Relaxed), Instant::now());
-            client.receive_until(format!("\"t{} \"", tokens - 1).as_bytes());
+            let before = WATCHED_COUNT.load(Ordering::Relaxed);
+            // The stream's end, which tells the usage and gives the connection back, comes later.
+            client.receive_until(format!("\"t{} \"", tokens - 100).as_bytes());
             let allocations = WATCHED_COUNT.load(Ordering::Relaxed) - before;
-            let ticks = began.elapsed().as_millis() as u64 / TICK_MS + 1;
-            assert!(
-                allocations <= ALLOCATIONS_PER_TICK * ticks,
-                "{allocations} in {ticks} ticks: {model} on {}",
-                engine.name()
-            );
-            assert!(allocations < tokens as u64 / 20, "{model} on {}", engine.name());
+            assert_eq!(allocations, 0, "{model} on {}", engine.name());
         }
         // The count is not of the wrong thread: a new request does allocate.
         let before = WATCHED_COUNT.load(Ordering::Relaxed);
