@@ -63,10 +63,7 @@ fn ask_until_killed(gateway: SocketAddr, client: usize, notes: &Notes, noted: &A
     let mut stream = client.is_multiple_of(2);
     while let Ok(mut connection) = Client::try_connect(gateway, None) {
         // The rest of a stream's last chunk stands before the next answer, so a stream ends its connection.
-        loop {
-            let Ok(seen) = ask(&mut connection, stream) else {
-                break;
-            };
+        while let Ok(seen) = ask(&mut connection, stream) {
             notes.lock().expect("no panic while locked").push(seen);
             noted.fetch_add(1, Ordering::Relaxed);
             stream = !stream;
