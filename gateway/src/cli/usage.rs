@@ -6,7 +6,7 @@ use std::{
     io::{self, BufWriter, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -21,6 +21,7 @@ use crate::{
         read::{self, Books, Counters, Group, Records, day_of},
         record::{Flags, Record, RecordView, RequestId},
     },
+    net::clock,
 };
 
 const EXAMPLES: &str = "\
@@ -112,7 +113,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 
 fn print(args: &Args, out: &mut impl Write) -> anyhow::Result<ExitCode> {
     let state = state_directory(args)?;
-    let since_unix_ms = args.since.map_or(0, |since| since.unix_ms(now_unix_ms()));
+    let since_unix_ms = args.since.map_or(0, |since| since.unix_ms(clock::unix_ms()));
     let code = if args.records {
         print_records(args, &state, since_unix_ms, out)?
     } else {
@@ -156,12 +157,6 @@ fn warn_of_torn(torn: u64) {
     if torn > 0 {
         eprintln!("gateway usage: the journal is damaged in {torn} places; all whole records were read");
     }
-}
-
-fn now_unix_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
 }
 
 impl Since {

@@ -28,7 +28,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, atomic::Ordering, mpsc},
     thread::JoinHandle,
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use anyhow::{Context, bail};
@@ -214,11 +214,4 @@ fn lock(state: &Path) -> anyhow::Result<File> {
         pid => format!("another gateway (process {pid})"),
     };
     bail!("the state directory {} is in use by {holder}", state.display());
-}
-
-/// Now. Used for names and reports; nothing depends on its going forwards.
-fn unix_ms() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_millis() as u64)
 }

@@ -20,12 +20,14 @@ use super::{
     segment::{self, FRAMES_AT, Found, Header, Name, TEMPORARY},
     store::{Position, Positions, Store},
     totals::Sums,
-    unix_ms,
 };
 use crate::{
     bounds::{SEGMENT_BYTES, SEGMENTS_LIVE_MAX, SEGMENTS_READY},
     config::schema,
-    net::mapped::{self, View},
+    net::{
+        clock,
+        mapped::{self, View},
+    },
 };
 
 /// Longest turn of the thread: how soon a segment that a core has taken is replaced.
@@ -233,7 +235,7 @@ impl Worker {
             name,
             id: random()?,
             run: self.run,
-            created_unix_ms: unix_ms(),
+            created_unix_ms: clock::unix_ms(),
         };
         let path = self.journal.join(name.file());
         let unfinished = self.journal.join(name.file() + TEMPORARY);

@@ -60,7 +60,8 @@ pub fn run<F: Future>(engine: Engine, main: F) -> io::Result<F::Output> {
         Engine::IoUring => {
             let mut runtime = Err(io::ErrorKind::Unsupported.into());
             for ring in rings() {
-                let builder = monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().with_entries(RING_ENTRIES);
+                let builder =
+                    monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().with_entries(RING_ENTRIES);
                 runtime = builder.uring_builder(ring).enable_timer().build();
                 if runtime.is_ok() {
                     break;
