@@ -92,6 +92,7 @@ pub struct Core {
     scratch: RefCell<Box<[u8]>>,
     random: Random,
     turn: Cell<u64>,
+    log_due_ns: Cell<u64>,
 }
 
 impl Core {
@@ -110,6 +111,7 @@ impl Core {
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),
             random: Random::seeded(),
             turn: Cell::new(0),
+            log_due_ns: Cell::new(0),
         })
     }
 
@@ -144,6 +146,18 @@ impl Core {
     /// A number below `below`, for weighted choices; 0 where `below` is 0.
     pub fn chance(&self, below: u64) -> u64 {
         self.random.next() % below.max(1)
+    }
+
+    /// Whether a line about something that may happen at every request is due: at most one a second and core, because
+    /// writing it may wait for whoever reads the log.
+    pub fn may_log(&self) -> bool {
+        const PAUSE_NS: u64 = 1_000_000_000;
+        let now_ns = clock::monotonic_ns();
+        let due = now_ns >= self.log_due_ns.get();
+        if due {
+            self.log_due_ns.set(now_ns + PAUSE_NS);
+        }
+        due
     }
 
     /// A number that is one higher each time, to begin rotations with.

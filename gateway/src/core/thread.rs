@@ -192,7 +192,9 @@ async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ArcSwap<Serv
             Err(_) if core.drain.level() >= DRAIN || core.shared.level() >= DRAIN => return,
             Err(error) => {
                 // Out of descriptors or memory, or a connection that was reset before it was accepted.
-                tracing::warn!(%error, "cannot accept a connection");
+                if core.may_log() {
+                    tracing::warn!(%error, "cannot accept a connection");
+                }
                 sleep(ACCEPT_REST).await;
             }
         }

@@ -2,9 +2,9 @@
 //! ask for. Sees every byte once, parses only the event that tells the usage, and keeps nothing but the part of
 //! an event that a read has cut.
 
-use std::ops::Range;
+use std::{ops::Range, sync::LazyLock};
 
-use memchr::memmem;
+use memchr::memmem::{self, Finder};
 
 use super::{Api, Usage, usage};
 use crate::{bounds::EVENT_BYTES_MAX, http::sse};
@@ -42,12 +42,12 @@ pub struct Meter {
 pub struct Seen {
     /// The last usage told.
     pub usage: Option<Usage>,
-    /// Events with content: one token each with most servers, more with some.
+    /// Events of the answer itself: chunks, deltas. Comments, ends and errors are none.
     pub events: u64,
-    /// Bytes of these events.
-    pub bytes: u64,
-    /// The smallest of them, which is nearly all envelope.
-    pub smallest: u64,
+    /// Those of them that carry text: one token each with most servers, more with some.
+    pub texts: u64,
+    /// Bytes of that text, as JSON has it.
+    pub text_bytes: u64,
     /// The stream's proper last event came.
     pub done: bool,
     /// An error came as an event.
@@ -55,11 +55,10 @@ pub struct Seen {
 }
 
 impl Seen {
-    /// Output tokens delivered, for a stream that never told its usage: one for each event, or what the bytes
-    /// beyond the envelopes make, whichever is more.
+    /// Output tokens delivered, for a stream that never told its usage: one for each event with text, or what the
+    /// text makes by its length, whichever is more.
     pub fn tokens_estimated(&self) -> u64 {
-        let text_bytes = self.bytes - self.events * self.smallest;
-        self.events.max(text_bytes / TEXT_BYTES_PER_TOKEN)
+        self.texts.max(self.text_bytes / TEXT_BYTES_PER_TOKEN)
     }
 }
 
@@ -225,7 +224,7 @@ impl Meter {
         let carry = std::mem::take(&mut self.carry);
         let shown = if self.is_long {
             self.seen.usage = usage::find_in_tail(&carry).or(self.seen.usage);
-            self.count(carry.len());
+            self.count(&carry);
             true
         } else {
             self.look(&carry)
@@ -264,7 +263,7 @@ impl Meter {
         let Some(data) = event.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start) else {
             // A comment, a named event, or nothing: not a chunk, unless a server writes `event:` first.
             if memmem::find(event, b"\ndata:").is_some() {
-                self.count(event.len());
+                self.count(event);
             }
             return;
         };
@@ -273,7 +272,7 @@ impl Meter {
         } else if data.starts_with(b"{\"error\"") {
             self.seen.failed = true;
         } else {
-            self.count(event.len());
+            self.count(event);
         }
     }
 
@@ -288,22 +287,62 @@ impl Meter {
         match name {
             b"response.completed" | b"response.incomplete" => self.seen.done = true,
             b"response.failed" | b"error" => (self.seen.done, self.seen.failed) = (true, true),
-            _ if name.ends_with(b".delta") => self.count(event.len()),
+            _ if name.ends_with(b".delta") => self.count(event),
             _ => {}
         }
     }
 
-    fn count(&mut self, bytes: usize) {
-        let bytes = bytes as u64;
-        let seen = &mut self.seen;
-        seen.smallest = if seen.events == 0 {
-            bytes
-        } else {
-            seen.smallest.min(bytes)
-        };
-        seen.events += 1;
-        seen.bytes += bytes;
+    /// Counts an event of the answer, and the text in it.
+    fn count(&mut self, event: &[u8]) {
+        self.seen.events += 1;
+        let bytes = text_bytes(self.api, event);
+        self.seen.texts += u64::from(bytes > 0);
+        self.seen.text_bytes += bytes as u64;
     }
+}
+
+/// Bytes of generated text in an event: what stands as a string behind the keys that carry it. `content` finds
+/// `reasoning_content` too. Looked for as bytes, since in JSON the quote of a key is never escaped and that of
+/// text within a string always is.
+fn text_bytes(api: Api, event: &[u8]) -> usize {
+    let keys: &[&Finder<'static>] = match api {
+        Api::ChatCompletions => &[&CONTENT, &ARGUMENTS],
+        Api::Completions => &[&TEXT],
+        Api::Responses | Api::Embeddings => &[&DELTA],
+    };
+    keys.iter()
+        .map(|key| {
+            key.find_iter(event)
+                .map(|at| string_bytes(&event[at + key.needle().len()..]))
+                .sum::<usize>()
+        })
+        .sum()
+}
+
+static CONTENT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"content\""));
+static ARGUMENTS: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"arguments\""));
+static TEXT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"text\""));
+static DELTA: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"delta\""));
+
+/// Length of the JSON string that follows a key, behind its colon; 0 where something else follows.
+fn string_bytes(behind_key: &[u8]) -> usize {
+    let value = behind_key.trim_ascii_start();
+    let Some(value) = value.strip_prefix(b":").map(<[u8]>::trim_ascii_start) else {
+        return 0;
+    };
+    let Some(string) = value.strip_prefix(b"\"") else {
+        return 0;
+    };
+    let mut at = 0;
+    while let Some(found) = memchr::memchr2(b'"', b'\\', &string[at..]) {
+        at += found;
+        if string[at] == b'"' {
+            return at;
+        }
+        at = (at + 2).min(string.len());
+    }
+    // Cut off: what is there counts.
+    string.len()
 }
 
 #[cfg(test)]
@@ -397,6 +436,25 @@ mod tests {
                 assert_eq!(meter.seen.usage, Some(TOLD));
             }
         }
+    }
+
+    #[test]
+    fn text_is_counted_where_no_usage_is_told() {
+        let bytes = |api, event: &str| text_bytes(api, event.as_bytes());
+        let chat = r#"data: {"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}]}"#;
+        assert_eq!(bytes(Api::ChatCompletions, chat), 0);
+        let chat = r#"data: {"choices": [{"delta": {"content" : "say \"hi\\"}}]}"#;
+        assert_eq!(bytes(Api::ChatCompletions, chat), 10);
+        let both = r#"data: {"choices":[{"delta":{"content":null,"reasoning_content":"abc","tool_calls":[{"function":{"arguments":"{}"}}]}}]}"#;
+        assert_eq!(bytes(Api::ChatCompletions, both), 5);
+        assert_eq!(
+            bytes(Api::Completions, r#"data: {"choices":[{"text":"four"}]}"#),
+            4
+        );
+        assert_eq!(bytes(Api::Responses, r#"data: {"type":"x.delta","delta":"ab"#), 2);
+        let mut meter = Meter::new(Api::ChatCompletions, true);
+        relay(&mut meter, &[stream().as_bytes()]);
+        assert_eq!(meter.seen.tokens_estimated(), 2);
     }
 
     #[test]

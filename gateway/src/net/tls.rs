@@ -1,11 +1,15 @@
 //! TLS settings: certificates by server name for listeners, trust for upstreams.
 
-use std::{collections::HashMap, path::Path, sync::Arc};
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{Arc, OnceLock},
+};
 
 use anyhow::{Context, bail};
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection,
-    server::{ClientHello, ResolvesServerCert},
+    server::{ClientHello, ProducesTickets, ResolvesServerCert},
     sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
@@ -30,10 +34,21 @@ pub fn server_config(tls: &Tls) -> anyhow::Result<Arc<ServerConfig>> {
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(resolver));
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
-    config.ticketer = rustls::crypto::aws_lc_rs::Ticketer::new()?;
+    config.ticketer = ticketer()?;
     // Stateless tickets carry the session; a shared session cache would be a lock between cores.
     config.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     Ok(Arc::new(config))
+}
+
+/// The seal of all listeners' tickets; it lives as long as the process, so that sessions resume after a reload too.
+/// rustls changes its key every six hours and honours the one before.
+fn ticketer() -> anyhow::Result<Arc<dyn ProducesTickets>> {
+    static TICKETER: OnceLock<Arc<dyn ProducesTickets>> = OnceLock::new();
+    if let Some(ticketer) = TICKETER.get() {
+        return Ok(ticketer.clone());
+    }
+    let fresh = rustls::crypto::aws_lc_rs::Ticketer::new()?;
+    Ok(TICKETER.get_or_init(|| fresh).clone())
 }
 
 /// A session for an accepted connection.

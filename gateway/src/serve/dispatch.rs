@@ -168,7 +168,10 @@ async fn connect(core: &Rc<Core>, endpoint: &Endpoint, time: Duration) -> Option
         let session = tls::client_session(config, &endpoint.url.host).ok()?;
         match Conn::tls(sock, session, time).await {
             Ok(conn) => return Some(conn),
-            Err(error) => tracing::warn!(endpoint = endpoint.authority, %error, "TLS handshake failed"),
+            Err(error) if core.may_log() => {
+                tracing::warn!(endpoint = endpoint.authority, %error, "TLS handshake failed");
+            }
+            Err(_) => {}
         }
     }
     None

@@ -56,7 +56,7 @@ pub async fn run(
     terms: Terms,
 ) -> Served {
     if matches!(upstream.head.status, 401 | 403) {
-        return Served::Done(refused_credential(client, upstream, account, &terms).await);
+        return Served::Done(refused_credential(client, core, upstream, account, &terms).await);
     }
     let is_stream = upstream.head.status == 200 && content_type(&upstream).starts_with(b"text/event-stream");
     account.answering(upstream.head.status, is_stream);
@@ -77,6 +77,7 @@ fn content_type(upstream: &Upstream) -> &[u8] {
 /// the client gets ours.
 async fn refused_credential(
     client: &mut Client,
+    core: &Rc<Core>,
     upstream: Upstream,
     mut account: Account,
     terms: &Terms,
@@ -86,11 +87,13 @@ async fn refused_credential(
         code: Some("upstream_unauthorized"),
         ..Error::new(Kind::UpstreamBroken, message)
     };
-    tracing::error!(
-        endpoint = upstream.endpoint.authority,
-        status = upstream.head.status,
-        "a provider refuses the configured credential"
-    );
+    if core.may_log() {
+        tracing::error!(
+            endpoint = upstream.endpoint.authority,
+            status = upstream.head.status,
+            "a provider refuses the configured credential"
+        );
+    }
     drop(upstream);
     account.answering(error.status(), false);
     account.error(error.code());
