@@ -102,8 +102,9 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
         stall: http.write_timeout,
     };
     let mut idle = http.head_timeout;
+    let mut is_new = true;
     loop {
-        match client.await_head(&core, idle, http.head_timeout).await {
+        match client.await_head(&core, idle, http.head_timeout, is_new).await {
             Awaited::Head => {}
             Awaited::End => return client.conn.shutdown(),
             Awaited::TooSlow => {
@@ -129,6 +130,7 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
             Next::Gone => return,
         }
         idle = http.idle_timeout;
+        is_new = false;
     }
 }
 
@@ -154,7 +156,14 @@ async fn handshake(
 
 impl Client {
     /// Waits for a whole head: at most `idle` for its first byte, `whole` for the rest.
-    async fn await_head(&mut self, core: &Rc<Core>, idle: Duration, whole: Duration) -> Awaited {
+    /// `look`: read before the first wait.
+    async fn await_head(
+        &mut self,
+        core: &Rc<Core>,
+        idle: Duration,
+        whole: Duration,
+        mut look: bool,
+    ) -> Awaited {
         let mut deadline_ns = None;
         loop {
             if !self.inbuf.is_empty() {
@@ -164,10 +173,14 @@ impl Client {
                     Err(error) => return Awaited::Bad(error),
                 }
             }
-            match self.receive(core) {
-                Ok(Some(0)) | Err(_) => return Awaited::End,
-                Ok(Some(_)) => continue,
-                Ok(None) => {}
+            // On a new connection the request is mostly there already; behind an answer it is not, and to look would
+            // cost a system call for nothing.
+            if std::mem::replace(&mut look, true) {
+                match self.receive(core) {
+                    Ok(Some(0)) | Err(_) => return Awaited::End,
+                    Ok(Some(_)) => continue,
+                    Ok(None) => {}
+                }
             }
             if self.inbuf.is_empty() {
                 // An idle connection owns no buffer.

@@ -147,6 +147,8 @@ impl Upstream {
 
     /// Receives the head of the answer; interim answers (1xx) are passed over.
     pub async fn receive_head(&mut self) -> Result<(), Broken> {
+        // No upstream has answered already; to look would cost a system call for nothing.
+        self.conn.as_ref().ok_or(Broken::Cut)?.readable().await;
         loop {
             let method = crate::http::head::Method::Post;
             match self.head.parse(&self.received, method) {
