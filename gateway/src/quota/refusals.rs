@@ -1,5 +1,8 @@
 //! Who is refused again and again: the evidence on which an address is dropped by the kernel.
 //!
+//! A client is what the kernel drops as one: an IPv4 address, or an IPv6 /64, of which a single host owns every address and
+//! would otherwise never be refused twice at the same one.
+//!
 //! A fixed table of atomics, indexed by a keyed hash of the address. A collision forgets the older address,
 //! which delays a drop and never drops a client that behaves: a slot counts for one address only.
 
@@ -11,6 +14,7 @@ use std::{
 };
 
 use crossbeam::queue::ArrayQueue;
+use gateway_common::ClientKey;
 
 use crate::bounds::REFUSAL_SLOTS;
 
@@ -70,7 +74,7 @@ impl Default for Refusals {
 
 impl Refusals {
     fn slot(&self, client: IpAddr) -> (&AtomicU64, u64) {
-        let hash = self.hasher.hash_one(client);
+        let hash = self.hasher.hash_one(ClientKey::new(client));
         // The tag is never 0, which is an empty slot's.
         (&self.slots[hash as usize % REFUSAL_SLOTS], (hash >> 40) | 1)
     }
@@ -148,6 +152,23 @@ mod tests {
         assert!(refusals.refused(client(1), &RULE, 3 * SECOND));
         assert_eq!(refusals.next_offender(), Some(client(1)));
         assert_eq!(refusals.next_offender(), None);
+    }
+
+    #[test]
+    fn an_ipv6_client_is_its_64() {
+        let refusals = Refusals::default();
+        let at = |text: &str| text.parse::<IpAddr>().expect("address");
+        assert!(!refusals.refused(at("2001:db8::1"), &RULE, SECOND));
+        assert!(
+            !refusals.refused(at("2001:db8:0:1::1"), &RULE, SECOND),
+            "another /64"
+        );
+        assert!(!refusals.refused(at("2001:db8::2"), &RULE, SECOND));
+        assert!(refusals.refused(at("2001:db8::ffff:3"), &RULE, SECOND));
+        refusals.refused(at("2001:db8::4"), &RULE, SECOND);
+        refusals.refused(at("2001:db8::5"), &RULE, SECOND);
+        refusals.accepted(at("2001:db8::6"));
+        assert!(!refusals.refused(at("2001:db8::7"), &RULE, SECOND));
     }
 
     #[test]
