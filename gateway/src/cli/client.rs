@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, anyhow, bail};
 use serde_json::Value;
 
-use super::common::ConfigArg;
+use super::common::{ConfigArg, beside};
 use crate::{config::schema, control::admin::token_path};
 
 /// Longest time for a whole answer. The slowest is a reload, which reads files.
@@ -201,13 +201,13 @@ fn read_config(path: &Path) -> anyhow::Result<AdminOnly> {
 /// The token as the gateway itself finds it: written out, by reference, or generated.
 fn configured_token(config: &AdminOnly, path: &Path) -> anyhow::Result<String> {
     let Some(token) = &config.admin.token else {
-        return read_token(&token_path(&config.ledger.path));
+        return read_token(&token_path(&beside(path, &config.ledger.path)));
     };
     let Some((kind, name)) = reference(token.expose()) else {
         return Ok(token.expose().to_owned());
     };
     match kind {
-        "file" => read_token(&path.parent().unwrap_or(Path::new("")).join(name)),
+        "file" => read_token(&beside(path, Path::new(name))),
         "env" => std::env::var(name).ok().with_context(|| {
             format!(
                 "the admin token is in the variable {name}, which is not set here (--token-file names a file)"
@@ -363,6 +363,7 @@ mod tests {
         std::fs::write(dir.path().join("own.token"), "own\n").expect("token");
         let cases = [
             (format!("ledger: {{ path: {} }}", state.display()), "made"),
+            ("ledger: { path: state }".to_owned(), "made"),
             ("admin: { token: \"${file:own.token}\" }".to_owned(), "own"),
             ("admin: { token: written }".to_owned(), "written"),
             (

@@ -1,6 +1,6 @@
 //! What several commands have in common.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 
@@ -13,6 +13,11 @@ pub struct ConfigArg {
     /// The configuration file
     #[arg(short = 'c', long = "config", env = "GATEWAY_CONFIG", value_name = "FILE", default_value = CONFIG_PATH)]
     pub config: PathBuf,
+}
+
+/// A path of the configuration file `config`: a relative one begins at the file's directory, as it does for the gateway.
+pub fn beside(config: &Path, path: &Path) -> PathBuf {
+    config.parent().unwrap_or(Path::new("")).join(path)
 }
 
 /// Exit code of a configuration that is wrong, and of a wrong command line (clap's own).

@@ -14,7 +14,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::common::ConfigArg;
+use super::common::{ConfigArg, beside};
 use crate::{
     config::{schema, units},
     ledger::{
@@ -150,7 +150,7 @@ fn state_directory(args: &Args) -> anyhow::Result<PathBuf> {
     })?;
     let config: LedgerOnly =
         serde_saphyr::from_str(&text).with_context(|| format!("{path} is not a configuration"))?;
-    Ok(config.ledger.path)
+    Ok(beside(&args.config.config, &config.ledger.path))
 }
 
 fn warn_of_torn(torn: u64) {

@@ -185,4 +185,8 @@ fn the_state_directory_is_the_configurations() {
         .unwrap()
         .args;
     assert_eq!(state_directory(&args).unwrap(), dir.path());
+
+    // A relative one begins at the file's directory, wherever the command is run.
+    fs::write(&file, "ledger: { path: state }\n").unwrap();
+    assert_eq!(state_directory(&args).unwrap(), dir.path().join("state"));
 }
