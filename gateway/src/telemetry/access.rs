@@ -209,13 +209,18 @@ impl Destination {
 }
 
 /// Opens for appending; made readable for its owner and group only, as it names who asked for what.
+///
+/// To open a pipe that nobody reads would wait for a reader (fifo(7)), and the control thread with it: that is an error.
 fn append(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .mode(0o640)
-        .open(path)
+    let mut options = OpenOptions::new();
+    options.append(true).create(true).mode(0o640);
+    let file = options.clone().custom_flags(libc::O_NONBLOCK).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        // There is a reader: opened again, as the writer's thread may wait for it.
+        false => options.open(path),
+    }
 }
 
 /// The access log's writer: a thread that empties the cores' queues.
@@ -419,6 +424,26 @@ mod tests {
         assert_eq!(value["path"], "/v1/chat/completions");
         assert!(value.get("provider").is_none());
         assert!(value.get("error").is_none());
+    }
+
+    #[test]
+    fn a_pipe_that_nobody_reads_is_refused() {
+        let dir = tempfile::tempdir().expect("directory");
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.expect("mkfifo").success());
+        assert!(append(&pipe).is_err());
+        let reader = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(&pipe)
+            .expect("reader");
+        append(&pipe)
+            .expect("opened")
+            .write_all(b"line")
+            .expect("written");
+        drop(reader);
+        assert!(append(Path::new("/dev/null")).is_ok());
     }
 
     #[test]
