@@ -129,7 +129,9 @@ fn books(stage: &Stage, id: &str) -> anyhow::Result<Record> {
         completion == TOKENS as u64,
         "the ledger says {completion} output tokens"
     );
-    println!("2. The ledger's record, on disk before the answer's last byte left:\n");
+    println!(
+        "2. The ledger's record, made before the answer's last byte left (a killed process does not lose it):\n"
+    );
     println!(
         "   key {}  model {}  provider {}  upstream model {}",
         record.key, record.model, record.provider, record.upstream_model
