@@ -272,7 +272,7 @@ impl State {
             Err(reason) if config.kernel.mode != KernelMode::Off => degraded.push(reason),
             Err(_) => {}
         }
-        if let Some(error) = self.ledger.status().last_error {
+        if let Some(error) = self.ledger.status().trouble {
             degraded.push(format!("ledger: {error}"));
         }
         degraded

@@ -81,6 +81,9 @@ pub struct LedgerStatus {
     pub torn: u64,
     /// Failed operations on files and the database since start. All but those on start are tried again.
     pub io_errors: u64,
+    /// What fails now: the last attempt at it did, and it is tried again.
+    pub trouble: Option<String>,
+    /// The latest failure since start, perhaps long over.
     pub last_error: Option<String>,
 }
 
@@ -133,7 +136,8 @@ impl Ledger {
             status.refused += journal.refused.load(Ordering::Relaxed);
         }
         if self.thread.as_ref().is_some_and(JoinHandle::is_finished) {
-            status.last_error = Some("the ledger's thread has ended".into());
+            status.trouble = Some("the ledger's thread has ended".into());
+            status.last_error.clone_from(&status.trouble);
         }
         status
     }

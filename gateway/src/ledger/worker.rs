@@ -1,7 +1,7 @@
 //! The ledger's thread: makes segments before they are needed, syncs, folds, and removes old ones.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeMap, HashMap, VecDeque},
     fmt::Display,
     fs::{self, File},
     path::PathBuf,
@@ -42,6 +42,12 @@ const FOLD_BYTES_MAX: usize = 32 * 1024 * 1024;
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// The same trouble is logged once in this time.
 const LOG_EVERY: Duration = Duration::from_secs(10);
+
+/// The kinds of trouble. What a flush could not do the next turn tries again: its success ends that trouble too.
+const MAKE: &str = "cannot make a journal segment";
+const SYNC: &str = "cannot sync the journal";
+const FOLD: &str = "cannot fold the journal";
+const FLUSH: &str = "cannot flush the ledger";
 
 /// What the thread can be told.
 #[derive(Debug)]
@@ -87,6 +93,8 @@ pub struct Worker {
     public: Arc<Public>,
     /// When each kind of trouble was logged last.
     logged: HashMap<&'static str, Instant>,
+    /// What failed at its last attempt.
+    failing: BTreeMap<&'static str, String>,
     next_sync: Instant,
     next_fold: Instant,
     next_refill: Instant,
@@ -125,6 +133,7 @@ impl Worker {
             archive: replayed.archive,
             public: Arc::new(public),
             logged: HashMap::new(),
+            failing: BTreeMap::new(),
             next_sync: now,
             next_fold: now,
             next_refill: now,
@@ -169,22 +178,27 @@ impl Worker {
 
     fn turn(&mut self, now: Instant) {
         if now >= self.next_refill {
-            self.next_refill = match self.refill() {
-                Ok(()) => now,
-                Err(error) => self.trouble("cannot make a journal segment", &error),
-            };
+            let result = self.refill();
+            self.next_refill = self.attempted(MAKE, result, now);
         }
         if now >= self.next_sync {
-            self.next_sync = match self.sync() {
-                Ok(()) => now + self.sync_every,
-                Err(error) => self.trouble("cannot sync the journal", &error),
-            };
+            let result = self.sync();
+            self.next_sync = self.attempted(SYNC, result, now + self.sync_every);
         }
         if now >= self.next_fold {
-            self.next_fold = match self.fold().and_then(|()| self.retire()) {
-                Ok(()) => now + FOLD_EVERY,
-                Err(error) => self.trouble("cannot fold the journal", &error),
-            };
+            let result = self.fold().and_then(|()| self.retire());
+            self.next_fold = self.attempted(FOLD, result, now + FOLD_EVERY);
+        }
+    }
+
+    /// Notes how an operation went; returns when it is to be done again: at `next` where it succeeded.
+    fn attempted(&mut self, what: &'static str, result: anyhow::Result<()>, next: Instant) -> Instant {
+        match result {
+            Ok(()) => {
+                self.mended(what);
+                next
+            }
+            Err(error) => self.trouble(what, &error),
         }
     }
 
@@ -193,10 +207,18 @@ impl Worker {
             .sync()
             .and_then(|()| self.fold())
             .and_then(|()| self.retire());
-        result.map_err(|error| {
-            self.trouble("cannot flush the ledger", &error);
-            format!("{error:#}")
-        })
+        match result {
+            Ok(()) => {
+                for what in [SYNC, FOLD, FLUSH] {
+                    self.mended(what);
+                }
+                Ok(())
+            }
+            Err(error) => {
+                self.trouble(FLUSH, &error);
+                Err(format!("{error:#}"))
+            }
+        }
     }
 
     /// Brings all to rest. What cannot be done now is done by the next start.
@@ -367,10 +389,23 @@ impl Worker {
             self.logged.insert(what, now);
             tracing::error!(error = text, "the ledger is in trouble; trying again");
         }
+        self.failing.insert(what, text.clone());
         let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
         status.io_errors += 1;
+        status.trouble = Some(text.clone());
         status.last_error = Some(text);
         now + RETRY_AFTER
+    }
+
+    /// Notes that an operation succeeded, whatever it did before.
+    fn mended(&mut self, what: &'static str) {
+        let flushed = what == FOLD && self.failing.remove(FLUSH).is_some();
+        if self.failing.remove(what).is_none() && !flushed {
+            return;
+        }
+        tracing::info!("the ledger's trouble is over: {what}");
+        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.trouble = self.failing.values().next().cloned();
     }
 
     /// Updates what others see.

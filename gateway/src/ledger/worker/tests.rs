@@ -167,3 +167,28 @@ fn figures_beyond_all_measure_do_not_overflow_the_sums() {
         (1, 3, i64::MAX as u64)
     );
 }
+
+#[test]
+fn trouble_is_shown_while_it_lasts() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut worker, mut journal) = open(dir.path()).unwrap();
+    let public = worker.public();
+    let shown = || {
+        let status = public.status.lock().unwrap();
+        (
+            status.trouble.clone(),
+            status.last_error.is_some(),
+            status.io_errors,
+        )
+    };
+    append(&mut journal, 0..1);
+    worker.store.fail_before_commit = true;
+    let start = Instant::now();
+    worker.turn(start);
+    let (trouble, ..) = shown();
+    assert!(trouble.is_some_and(|trouble| trouble.starts_with(FOLD)));
+    worker.flush().unwrap_err();
+    worker.store.fail_before_commit = false;
+    worker.turn(start + 2 * RETRY_AFTER);
+    assert_eq!(shown(), (None, true, 2));
+}
