@@ -16,7 +16,7 @@ use serde_json::Value;
 use support::{
     BINARY, Gateway, KEY, Setup,
     client::{Client, chat, chat_request, expected_content},
-    eventually, fleet,
+    eventually, fleet, skipped,
 };
 
 /// Refusals that make an offender in these tests.
@@ -43,7 +43,7 @@ fn start(fleet: &Server, mode: &str, drop: &str) -> Option<Gateway> {
     };
     let required = std::env::var("GATEWAY_KERNEL_TESTS");
     assert_ne!(required.as_deref(), Ok("required"), "{off}");
-    println!("skipped: {off}");
+    skipped(off);
     None
 }
 
@@ -206,7 +206,7 @@ fn without_rights_it_serves_and_says_what_is_off() {
     };
     let probe = powerless().arg("--version").output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        return println!("skipped: setpriv cannot take capabilities away here");
+        return skipped("setpriv cannot take capabilities away here");
     }
     let gateway = Gateway::try_start_by(powerless(), directory, &config(&fleet, "auto", "for: 1h"))
         .unwrap_or_else(|log| panic!("{log}"));

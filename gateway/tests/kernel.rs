@@ -4,6 +4,8 @@
 //! meet each other nor the host. It needs root, BPF, cgroup2 and `unshare`, `ip`, `setpriv`; without them it prints
 //! `skipped: <reason>` and passes, unless `GATEWAY_KERNEL_TESTS=required` is set.
 
+#[path = "support/skip.rs"]
+mod skip;
 #[path = "kernel/support.rs"]
 mod support;
 

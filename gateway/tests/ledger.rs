@@ -3,6 +3,9 @@
 //! Tests that need a process of their own run this test binary again, for one of the `child_…`
 //! tests, which do nothing unless they are told a directory in [`CHILD`].
 
+#[path = "support/skip.rs"]
+mod skip;
+
 use std::{
     collections::HashMap,
     io::{BufRead, BufReader, Write},
@@ -26,6 +29,7 @@ use gateway::{
         record::{Flags, Outcome, Record, RequestId},
     },
 };
+use skip::skipped;
 
 /// Environment variable that tells a child its state directory.
 const CHILD: &str = "LEDGER_TEST_STATE";
@@ -382,10 +386,10 @@ fn a_full_disk_refuses_new_records_and_keeps_the_earlier() {
     match status {
         Ok(status) if status.success() => {}
         Ok(status) if status.code() == Some(NO_MOUNT) || status.code() == Some(1) => {
-            println!("skipped: mounting a tmpfs is not permitted here");
+            skipped("mounting a tmpfs is not permitted here");
         }
         Ok(status) => panic!("{status}"),
-        Err(error) => println!("skipped: no unshare(1): {error}"),
+        Err(error) => skipped(format_args!("no unshare(1): {error}")),
     }
 }
 
@@ -411,6 +415,7 @@ fn child_fills_the_disk() {
     assert_eq!(journal.room(), 0);
     wait_for("the trouble is seen", || ledger.status().io_errors > 0);
     assert!(ledger.status().last_error.is_some());
+    assert!(ledger.status().trouble.is_some());
     assert_eq!(ledger.status().refused, 2);
     assert_eq!(read::records(&state).count() as u64, appended);
 

@@ -14,7 +14,7 @@ use support::{
     client::{Client, chat, chat_request},
     eventually, fleet,
     scripted::{Scripted, Then},
-    write_config,
+    skipped, write_config,
 };
 
 /// The operator's credentials; the first stands in an environment variable, the second in a file.
@@ -290,7 +290,7 @@ fn its_memory_is_closed_to_others_of_its_user() {
     let mut probe = as_nobody();
     probe.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
     if !probe.status().is_ok_and(|status| status.success()) {
-        return println!("skipped: cannot run the binary as another user");
+        return skipped("cannot run the binary as another user");
     }
     let directory = tempfile::tempdir().expect("a directory");
     chown(directory.path(), Some(NOBODY), Some(NOBODY)).expect("root may");

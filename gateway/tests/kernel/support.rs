@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::skip::skipped;
 use gateway::{
     config::schema,
     kernel::{Kernel, Off, Plan},
@@ -33,7 +34,7 @@ pub fn in_isolation(name: &str, caps: &str) {
             Ok("required"),
             "{reason}"
         );
-        println!("skipped: {reason}");
+        skipped(reason);
         return;
     }
     let cgroup = Cgroup::new(name).expect("a cgroup");

@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod scripted;
+pub mod skip;
 
 use std::{
     fs,
@@ -17,6 +18,9 @@ use std::{
 };
 
 use gateway_bench::upstream::{Behaviour, Options, Server};
+
+#[allow(unused_imports)] // as above
+pub use skip::skipped;
 
 /// How long a test waits for something that must happen. Generous: the machine may be busy.
 pub const PATIENCE: Duration = Duration::from_secs(30);
