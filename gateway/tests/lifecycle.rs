@@ -139,6 +139,9 @@ fn what_needs_a_restart_is_said() {
     gateway.reload(&setup.config().replace("threads: 2", "threads: 1"));
     let warning = gateway.await_log("take effect with a restart only");
     assert!(warning.contains("workers"), "{warning}");
+    // It is said as long as it is so, not only when it is new.
+    let outcome = gateway.admin("POST /reload", "").text();
+    assert!(outcome.contains("workers need a restart"), "{outcome}");
 }
 
 #[test]

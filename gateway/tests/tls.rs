@@ -427,6 +427,40 @@ fn certificates_are_swapped_by_a_reload() {
 }
 
 #[test]
+fn a_reload_never_gives_an_address_the_certificate_of_another() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let setup = Setup::new(fleet.url());
+    let directory = tempfile::tempdir().expect("a directory");
+    let pairs = [certificate(&["localhost"]), certificate(&["localhost"])];
+    save(directory.path(), "one", &pairs[0]);
+    save(directory.path(), "two", &pairs[1]);
+    let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let second = free.local_addr().expect("an address");
+    drop(free);
+    let listener = |address: &str, name: &str| {
+        format!(
+            "- address: {address}\n    tls: {{ certificate: \"{{dir}}/{name}.pem\", key: \"{{dir}}/{name}.key\" }}"
+        )
+    };
+    let (one, two) = (
+        listener("127.0.0.1:0", "one"),
+        listener(&second.to_string(), "two"),
+    );
+    let with = |first: &str, second: &str| {
+        let listeners = format!("{first}\n  {second}");
+        setup.config().replacen("- address: 127.0.0.1:0", &listeners, 1)
+    };
+    let gateway = Gateway::start_in(directory, &with(&one, &two));
+    let outcome = gateway.reload(&with(&two, &one));
+    assert!(outcome.contains("configuration reloaded"), "{outcome}");
+    let both = trusting(&[&pairs[0], &pairs[1]], &[&TLS13]);
+    for (address, pair) in [(gateway.addr(), &pairs[0]), (second, &pairs[1])] {
+        let tls = connect(address, &both, "localhost").expect("a handshake");
+        assert_eq!(&shown(&tls), pair.cert.der(), "{address}");
+    }
+}
+
+#[test]
 fn a_client_that_leaves_is_noticed_however_it_leaves() {
     let fleet = fleet("tokens=1000000,pace=2ms,first=0");
     let (gateway, pair) = start(&Setup::new(fleet.url()));

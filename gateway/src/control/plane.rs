@@ -11,7 +11,10 @@ use serde_json::{Value, json};
 
 use super::{listen::SharedTls, notify};
 use crate::{
-    config::{self, Config, schema::KernelMode},
+    config::{
+        self, Config,
+        schema::{self, KernelMode},
+    },
     core::Shared,
     fleet::resolve::Resolver,
     kernel::{BlockError, Kernel},
@@ -39,6 +42,8 @@ pub struct State {
     resolver: Resolver,
     addresses: Vec<SocketAddr>,
     tls: Vec<SharedTls>,
+    /// What the process was started with: what only a restart changes still is as it says.
+    at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
     inner: Mutex<Inner>,
     kernel: Result<Mutex<Kernel>, String>,
@@ -76,6 +81,7 @@ impl State {
             resolver,
             addresses,
             tls,
+            at_start: config.clone(),
             inner: Mutex::new(Inner { config, registry }),
             kernel: kernel.map(Mutex::new),
         })
@@ -172,7 +178,7 @@ impl State {
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
         let fresh_tls = self.fresh_tls(&config)?;
-        let unchanged = needs_restart(&inner.config, &config);
+        let unchanged = needs_restart(&self.at_start, &config);
 
         let generation = snapshot.generation;
         self.shared.snapshot.store(Arc::new(snapshot));
@@ -200,15 +206,17 @@ impl State {
         ))
     }
 
-    /// Reads certificates again, for listeners that stay what they were.
+    /// Reads certificates again, for the listeners that are open, in their order.
     fn fresh_tls(&self, config: &Config) -> Result<Vec<Option<Arc<rustls::ServerConfig>>>, String> {
-        let load = |listener: &config::schema::Listener| match &listener.tls {
-            Some(settings) => tls::server_config(settings)
-                .map(Some)
-                .map_err(|error| format!("{error:#}")),
-            None => Ok(None),
-        };
-        config.listeners.iter().map(load).collect()
+        let load =
+            |listener: Option<&schema::Listener>| match listener.and_then(|listener| listener.tls.as_ref()) {
+                Some(settings) => tls::server_config(settings)
+                    .map(Some)
+                    .map_err(|error| format!("{error:#}")),
+                None => Ok(None),
+            };
+        let open = same_listeners(&self.at_start.listeners, &config.listeners);
+        open.into_iter().map(load).collect()
     }
 
     /// Lets everything beside the data plane follow a new configuration.
@@ -264,7 +272,7 @@ impl State {
     /// Everything that does not work as it could, in words.
     fn degraded(&self, config: &Config) -> Vec<String> {
         let mut degraded = Vec::new();
-        if self.engine == Engine::Epoll && config.workers.driver != config::schema::Driver::Epoll {
+        if self.engine == Engine::Epoll && config.workers.driver != schema::Driver::Epoll {
             degraded.push("io_uring cannot be used: the data plane runs on epoll".into());
         }
         match self.kernel() {
@@ -332,14 +340,35 @@ impl State {
     }
 }
 
-/// Parts of the configuration that a reload cannot change, as far as they differ.
+/// For each listener that is open the one of a new configuration at the same address. The order says nothing: a list
+/// that was reordered must not give one address the certificates of another. Several at port 0 are told apart by it.
+fn same_listeners<'a>(
+    open: &[schema::Listener],
+    listeners: &'a [schema::Listener],
+) -> Vec<Option<&'a schema::Listener>> {
+    let same = |place: usize| {
+        let address = open[place].address;
+        let earlier = open[..place]
+            .iter()
+            .filter(|other| other.address == address)
+            .count();
+        listeners
+            .iter()
+            .filter(|listener| listener.address == address)
+            .nth(earlier)
+    };
+    (0..open.len()).map(same).collect()
+}
+
+/// Parts of the configuration that a reload cannot change, as far as they differ from what the process was started with.
 fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     let addresses = |config: &Config| {
-        config
-            .listeners
-            .iter()
+        let listeners = config.listeners.iter();
+        let mut addresses: Vec<_> = listeners
             .map(|listener| (listener.address, listener.tls.is_some()))
-            .collect::<Vec<_>>()
+            .collect();
+        addresses.sort();
+        addresses
     };
     let mut parts = Vec::new();
     let mut note = |differs: bool, name| {
@@ -348,16 +377,78 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         }
     };
     note(addresses(before) != addresses(after), "listeners");
-    note(before.admin.address != after.admin.address, "admin");
-    note(
-        before.workers.threads != after.workers.threads || before.workers.driver != after.workers.driver,
-        "workers",
-    );
-    note(before.ledger.path != after.ledger.path, "ledger");
+    note(before.admin.address != after.admin.address, "admin.address");
+    // A token that leaked and was changed is good for nothing only then.
+    note(before.admin.token != after.admin.token, "admin.token");
+    let workers = |config: &Config| {
+        let workers = &config.workers;
+        (workers.threads, workers.driver, workers.pin)
+    };
+    note(workers(before) != workers(after), "workers");
+    let ledger = |config: &Config| {
+        let ledger = &config.ledger;
+        (ledger.path.clone(), ledger.sync, ledger.keep)
+    };
+    note(ledger(before) != ledger(after), "ledger");
+    note(before.log.format != after.log.format, "log.format");
     let off = |config: &Config| config.kernel.mode == KernelMode::Off;
     note(
         off(before) != off(after) || before.kernel.cgroup != after.kernel.cgroup,
         "kernel",
     );
     parts
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    fn config(text: &str) -> Config {
+        config::parse(text, "test", Path::new("/"), &|_| None).expect("configuration")
+    }
+
+    fn listeners(addresses: &str) -> Config {
+        config(&format!("listeners: [{addresses}]"))
+    }
+
+    #[test]
+    fn listeners_are_known_by_address_and_not_by_place() {
+        let open = listeners("{address: '127.0.0.1:1'}, {address: '127.0.0.1:2'}, {address: '127.0.0.1:3'}");
+        let new = listeners("{address: '127.0.0.1:4'}, {address: '127.0.0.1:2'}, {address: '127.0.0.1:1'}");
+        let same = same_listeners(&open.listeners, &new.listeners);
+        let ports: Vec<_> = same
+            .iter()
+            .map(|listener| listener.map(|listener| listener.address.port()))
+            .collect();
+        assert_eq!(ports, [Some(1), Some(2), None]);
+    }
+
+    #[test]
+    fn listeners_at_port_0_keep_their_order() {
+        let any = listeners("{address: '127.0.0.1:0'}, {address: '127.0.0.1:0'}");
+        let same = same_listeners(&any.listeners, &any.listeners);
+        assert!(std::ptr::eq(same[0].expect("first"), &any.listeners[0]));
+        assert!(std::ptr::eq(same[1].expect("second"), &any.listeners[1]));
+    }
+
+    #[test]
+    fn what_a_reload_does_not_change_is_named() {
+        let with = |more: &str| config(&format!("listeners: [{{address: '127.0.0.1:1'}}]\n{more}"));
+        for (more, part) in [
+            ("admin: { token: other }", "admin.token"),
+            ("admin: { address: '127.0.0.1:9901' }", "admin.address"),
+            ("workers: { threads: 3 }", "workers"),
+            ("workers: { pin: false }", "workers"),
+            ("ledger: { path: /elsewhere }", "ledger"),
+            ("ledger: { sync: 7ms }", "ledger"),
+            ("ledger: { keep: 7MiB }", "ledger"),
+            ("log: { format: json }", "log.format"),
+            ("kernel: { mode: off }", "kernel"),
+        ] {
+            assert_eq!(needs_restart(&with(""), &with(more)), [part], "{more}");
+        }
+        assert!(needs_restart(&with(""), &with("drain: 7s\nlog: { level: warn }")).is_empty());
+    }
 }
