@@ -28,7 +28,7 @@ demo: release ## build, then a small fleet and the gateway before it, with a req
 
 .PHONY: release
 release: ## target/release/gateway and gateway-bench
-	$(CARGO) build --release --bin gateway --bin gateway-bench
+	$(CARGO) build --release --locked --bin gateway --bin gateway-bench
 
 .PHONY: install
 install: ## put the release build, the unit and a first configuration in place (root; DESTDIR=)

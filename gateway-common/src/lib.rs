@@ -16,7 +16,7 @@ pub use maps::{Block, Client, Listeners, Settings, Totals, names};
 pub const CORES_MAX: u32 = 256;
 
 /// Listener groups (one per configured address) of one process.
-pub const GROUPS_MAX: u32 = 16;
+pub const GROUPS_MAX: u32 = 64;
 
 /// CPUs that the steering map knows. What arrives on a CPU above it is spread over the cores by its hash.
 pub const CPUS_MAX: u32 = 1024;

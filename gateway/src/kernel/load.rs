@@ -67,7 +67,7 @@ impl Kernel {
             ports: map(&mut ebpf, names::PORTS)?,
             cpu_cores: map(&mut ebpf, names::CPU_CORES)?,
             lines: Mutex::new(lines),
-            taken: Default::default(),
+            taken: std::array::from_fn(|_| Vec::new()),
             policy: Policy::new(&plan.config.drop.exempt),
             degraded,
             ebpf,

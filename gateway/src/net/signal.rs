@@ -33,15 +33,17 @@ impl Signal {
             return;
         }
         self.inner.level.set(level);
-        let wakers: Vec<Waker> = self
-            .inner
-            .waiting
-            .borrow_mut()
-            .iter_mut()
-            .filter_map(Option::take)
-            .collect();
-        for waker in wakers {
-            waker.wake();
+        // By place, since a task that is woken at once may wait anew. Allocates nothing: this runs at every tick.
+        let mut place = 0;
+        loop {
+            let waker = match self.inner.waiting.borrow_mut().get_mut(place) {
+                Some(slot) => slot.take(),
+                None => return,
+            };
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+            place += 1;
         }
     }
 

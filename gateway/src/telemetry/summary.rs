@@ -76,7 +76,7 @@ fn latency(name: &str, latency: &Latency) -> Value {
         "p50_us": latency.quantile_us(0.5),
         "p90_us": latency.quantile_us(0.9),
         "p99_us": latency.quantile_us(0.99),
-        "p999_us": latency.quantile_us(0.999),
+        "p99.9_us": latency.quantile_us(0.999),
         "max_us": latency.max_us(),
     })
 }
