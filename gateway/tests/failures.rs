@@ -413,6 +413,18 @@ fn another_endpoint_answers_when_one_is_dead() {
 }
 
 #[test]
+fn another_target_answers_however_many_endpoints_of_the_first_are_dead() {
+    let second = fleet("tokens=3,pace=0,first=0");
+    let dead: Vec<_> = (0..5).map(|_| refusing()).collect();
+    let urls: Vec<&str> = dead.iter().map(|(_, url)| url.as_str()).collect();
+    let gateway = Setup::new(urls.join(",")).fallback(second.url()).start();
+    for _ in 0..3 {
+        let (_, answer) = ask(&gateway, "pair", true);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+}
+
+#[test]
 fn a_refused_credential_is_the_operators_business() {
     for status in [401, 403] {
         let fleet = fleet(&format!("status={status}"));

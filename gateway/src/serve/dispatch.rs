@@ -47,7 +47,11 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     let targets = route::order(&order.model.targets, |below| core.chance(below));
     for (place, &index) in targets.iter().enumerate() {
         let target = &order.model.targets[index];
-        while attempts < ATTEMPTS_MAX {
+        // One attempt is left for each target behind this one, as far as they go round: a target with many endpoints
+        // that are all gone must not keep its fallback from being asked.
+        let attempts_here = (ATTEMPTS_MAX - attempts).saturating_sub(targets.len() - 1 - place);
+        let last = (attempts + attempts_here.max(1)).min(ATTEMPTS_MAX);
+        while attempts < last {
             let Some(endpoint) = choose(core, order.model, target, &tried) else {
                 break;
             };
