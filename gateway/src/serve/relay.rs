@@ -58,12 +58,23 @@ pub async fn run(
     if matches!(upstream.head.status, 401 | 403) {
         return Served::Done(refused_credential(client, core, upstream, account, &terms).await);
     }
-    let is_stream = upstream.head.status == 200 && content_type(&upstream).starts_with(b"text/event-stream");
+    // One without a byte has no end that could come behind its head.
+    let is_stream = upstream.head.status == 200
+        && upstream.length() != Some(0)
+        && is_event_stream(content_type(&upstream));
     account.answering(upstream.head.status, is_stream);
     if is_stream {
         return Served::Stream(Box::new(Stream::new(core, upstream, account, terms)));
     }
     Served::Done(whole::run(client, core, upstream, account, terms).await)
+}
+
+/// Media types are case-insensitive (RFC 9110, section 8.3.1).
+fn is_event_stream(content_type: &[u8]) -> bool {
+    const NAME: &[u8] = b"text/event-stream";
+    content_type
+        .get(..NAME.len())
+        .is_some_and(|name| name.eq_ignore_ascii_case(NAME))
 }
 
 fn content_type(upstream: &Upstream) -> &[u8] {

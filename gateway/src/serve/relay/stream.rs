@@ -329,15 +329,23 @@ impl Stream {
         }
         let unsent = std::mem::take(&mut self.unsent);
         let stall = client.stall;
-        match race(client.conn.write_all(&unsent, stall), stop.as_mut()).await {
+        // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.
+        let used_ns = clock::monotonic_ns() - self.account.started_ns();
+        let core = self.core.clone();
+        let total = core.late(left(self.terms.timeouts.total, used_ns));
+        let ends = race(stop.as_mut(), total);
+        match race(client.conn.write_all(&unsent, stall), ends).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
                 self.last_ns = clock::monotonic_ns();
                 result.is_ok()
             }
-            Either::Second(()) => {
+            Either::Second(end) => {
                 // The client stands in the middle of a chunk, where no error event can be put.
-                self.settle(Outcome::Stopped);
+                self.settle(match end {
+                    Either::First(()) => Outcome::Stopped,
+                    Either::Second(()) => Outcome::TimedOut,
+                });
                 false
             }
         }

@@ -231,8 +231,20 @@ async fn relay_long(
             );
         }
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
-        if client.conn.write_all(&out, client.stall).await.is_err() {
-            settle_cut(&mut account, Outcome::ClientGone, total);
+        let used_ns = clock::monotonic_ns() - account.started_ns();
+        let ends = race(
+            core.drain.reached(STOP),
+            core.late(left(terms.timeouts.total, used_ns)),
+        );
+        let cut = match race(client.conn.write_all(&out, client.stall), ends).await {
+            Either::First(Ok(())) => None,
+            Either::First(Err(_)) => Some(Outcome::ClientGone),
+            Either::Second(Either::First(())) => Some(Outcome::Stopped),
+            Either::Second(Either::Second(())) => Some(Outcome::TimedOut),
+        };
+        if let Some(outcome) = cut {
+            settle_cut(&mut account, outcome, total);
+            client.conn.sock().reset_on_close();
             return Next::Gone;
         }
         if body.done {
