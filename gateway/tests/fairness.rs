@@ -122,3 +122,30 @@ fn a_client_that_does_not_read_holds_its_upstream_only_for_the_requests_time() {
         assert!(began.elapsed() < Duration::from_secs(10));
     }
 }
+
+#[test]
+fn an_upstream_that_is_always_ready_does_not_outlast_the_requests_time() {
+    let endless = Scripted::start(|socket, _| {
+        let _ = socket.write_all(STREAM_HEAD.as_bytes());
+        let piece = chunk(&token(&"x".repeat(4000))).repeat(100);
+        while socket.write_all(piece.as_bytes()).is_ok() {}
+        Then::Close
+    });
+    for driver in ["auto", "epoll"] {
+        let gateway = Setup::new(endless.url())
+            .workers(1, driver)
+            .timeouts("{ connect: 1s, first_token: 2s, idle: 2s, total: 2s }")
+            .start();
+        let began = Instant::now();
+        let mut socket = TcpStream::connect(gateway.addr()).expect("a connection");
+        socket.write_all(&chat_request("fast", true)).expect("a request");
+        let reader = thread::spawn(move || {
+            let mut buffer = vec![0; 1 << 20];
+            while socket.read(&mut buffer).is_ok_and(|n| n > 0) {}
+        });
+        let records = gateway.await_records(1);
+        assert_eq!(records[0].outcome, Outcome::TimedOut, "{driver}");
+        assert!(began.elapsed() < Duration::from_secs(10), "{driver}");
+        reader.join().expect("the reader");
+    }
+}

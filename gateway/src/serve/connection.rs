@@ -176,7 +176,11 @@ impl Client {
         // A byte that is none of a head (a part of a TLS record) does not make the connection less idle.
         let idle_until_ns = clock::monotonic_ns() + idle.as_nanos() as u64;
         let mut deadline_ns = None;
-        self.heads_in_a_row = if self.inbuf.is_empty() { 0 } else { self.heads_in_a_row + 1 };
+        self.heads_in_a_row = if self.inbuf.is_empty() {
+            0
+        } else {
+            self.heads_in_a_row + 1
+        };
         if self.heads_in_a_row >= HEADS_IN_A_ROW {
             self.heads_in_a_row = 0;
             sleep(REST).await;
