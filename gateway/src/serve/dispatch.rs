@@ -61,7 +61,7 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
                     // Kept, to be the answer if nobody has a better one.
-                    busy = Some(upstream);
+                    busy = Some((upstream, target));
                     break;
                 }
                 Ok(upstream) => return Ok(upstream),
@@ -73,7 +73,8 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             }
         }
     }
-    if let Some(upstream) = busy {
+    if let Some((upstream, target)) = busy {
+        account.answered_by(target);
         return Ok(upstream);
     }
     Err(match failed {

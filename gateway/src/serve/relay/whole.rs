@@ -7,7 +7,7 @@ use super::{Failure, Terms, finish, left};
 use crate::{
     bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
     core::{Core, STOP},
-    dialect::{Usage, usage},
+    dialect::{Api, Usage, usage},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
         head::Version,
@@ -164,13 +164,8 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: 
     } else {
         Outcome::Complete
     };
-    let estimate = || Usage {
-        prompt: account.input_estimated(),
-        completion: body_bytes as u64 / BYTES_PER_TOKEN,
-        ..Usage::default()
-    };
     let estimated = usage.is_none();
-    let usage = usage.unwrap_or_else(estimate);
+    let usage = usage.unwrap_or_else(|| estimate(account, body_bytes));
     account.settle(outcome, usage, estimated);
 }
 
@@ -301,10 +296,19 @@ fn append(out: &mut Vec<u8>, bytes: &[u8], framing: Framing, end: bool) {
 
 /// Closes the account of an answer of which only a part was delivered.
 fn settle_cut(account: &mut Account, outcome: Outcome, body_bytes: usize) {
-    let usage = Usage {
-        prompt: account.input_estimated(),
-        completion: body_bytes as u64 / BYTES_PER_TOKEN,
-        ..Usage::default()
-    };
+    let usage = estimate(account, body_bytes);
     account.settle(outcome, usage, true);
+}
+
+/// What an answer used whose provider does not tell. Vectors of embeddings are long and no output tokens.
+fn estimate(account: &Account, body_bytes: usize) -> Usage {
+    let completion = match account.api() {
+        Api::Embeddings => 0,
+        _ => body_bytes as u64 / BYTES_PER_TOKEN,
+    };
+    Usage {
+        prompt: account.input_estimated(),
+        completion,
+        ..Usage::default()
+    }
 }
