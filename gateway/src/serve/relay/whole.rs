@@ -78,13 +78,13 @@ pub async fn run(
     if !body.done {
         return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
     }
+    account.sent(body.bytes.len());
     settle(
         &mut account,
         upstream.head.status,
         usage_of(&upstream, &body.bytes, &terms),
         body.bytes.len(),
     );
-    account.sent(body.bytes.len());
     let framing = Framing::Length(body.bytes.len());
     let mut out = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
     out.extend_from_slice(&body.bytes);
