@@ -453,6 +453,7 @@ fn embeddings_without_usage_are_not_billed_as_output() {
     assert_eq!(client.answer().status, 200);
     let record = only_record(&gateway);
     assert_eq!(record.usage.completion, 0);
+    assert_eq!(record.bytes_out, body.len() as u64);
     assert!(record.flags.has(Flags::ESTIMATED) && record.usage.prompt > 0);
 }
 

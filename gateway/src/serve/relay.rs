@@ -15,10 +15,11 @@ use super::{
     upstream::{Broken, Upstream},
 };
 use crate::{
-    core::Core,
+    core::{Core, STOP},
     dialect::{Api, Usage},
     error::{Dialect, Error, Kind},
     ledger::record::Outcome,
+    net::{Either, race},
     quota::policy::Report,
 };
 
@@ -110,7 +111,7 @@ async fn refused_credential(
     account.error(error.code());
     account.settle(Outcome::UpstreamFailed, Usage::default(), false);
     let bytes = answer::error(&error, terms.dialect, terms.head);
-    finish(client, &bytes, terms).await
+    finish(client, core, &[&bytes], terms).await
 }
 
 impl Failure {
@@ -147,12 +148,20 @@ impl Failure {
     }
 }
 
-/// Writes the last bytes of an answer.
-async fn finish(client: &mut Client, bytes: &[u8], terms: &Terms) -> Next {
-    match client.conn.write_all(bytes, client.stall).await {
-        Ok(()) if terms.head.keep_alive => Next::KeepAlive,
-        Ok(()) => Next::Close,
-        Err(_) => Next::Gone,
+/// Writes the last bytes of an answer. A client that takes them byte by byte holds their memory for no longer than a
+/// request may last.
+async fn finish(client: &mut Client, core: &Rc<Core>, pieces: &[&[u8]], terms: &Terms) -> Next {
+    let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+    core.telemetry.counters().bytes_to_clients.add(bytes as u64);
+    let ends = race(core.drain.reached(STOP), core.late(terms.timeouts.total));
+    match race(client.conn.write_slices(pieces, client.stall), ends).await {
+        Either::First(Ok(())) if terms.head.keep_alive => Next::KeepAlive,
+        Either::First(Ok(())) => Next::Close,
+        Either::First(Err(_)) => Next::Gone,
+        Either::Second(_) => {
+            client.conn.sock().reset_on_close();
+            Next::Gone
+        }
     }
 }
 

@@ -71,7 +71,7 @@ pub async fn run(
     };
     match received {
         Ok(()) => {}
-        Err(Ended::Failed(failure)) => return fail(client, failure, account, &terms).await,
+        Err(Ended::Failed(failure)) => return fail(client, core, failure, account, &terms).await,
         Err(Ended::ClientGone) => return client_gone(account),
     }
     account.first_byte(clock::monotonic_ns());
@@ -86,11 +86,9 @@ pub async fn run(
         body.bytes.len(),
     );
     let framing = Framing::Length(body.bytes.len());
-    let mut out = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
-    out.extend_from_slice(&body.bytes);
-    core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
+    let head = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
     upstream.finish(body.left_over);
-    finish(client, &out, &terms).await
+    finish(client, core, &[&head, &body.bytes], &terms).await
 }
 
 impl Collected {
@@ -170,7 +168,13 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: 
 }
 
 /// Nothing has been sent yet, so the client gets a proper error.
-async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms: &Terms) -> Next {
+async fn fail(
+    client: &mut Client,
+    core: &Rc<Core>,
+    failure: Failure,
+    mut account: Account,
+    terms: &Terms,
+) -> Next {
     let error = failure.error();
     account.answering(error.status(), false);
     account.error(error.code());
@@ -180,7 +184,8 @@ async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms
         ..Usage::default()
     };
     account.settle(failure.outcome(), usage, true);
-    finish(client, &answer::error(&error, terms.dialect, terms.head), terms).await
+    let bytes = answer::error(&error, terms.dialect, terms.head);
+    finish(client, core, &[&bytes], terms).await
 }
 
 fn client_gone(mut account: Account) -> Next {
