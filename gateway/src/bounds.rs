@@ -26,6 +26,10 @@ pub const EVENT_BYTES_MAX: usize = 1024 * 1024;
 /// relayed and its usage looked for in its tail.
 pub const ANSWER_BYTES_MAX: usize = 8 * 1024 * 1024;
 
+/// Most tokens, input or output, that a provider is believed to have used for one request: a thousand times what the
+/// longest contexts hold. More is a fault of the provider's, which must not put a key in debt for years.
+pub const USAGE_TOKENS_MAX: u64 = 1 << 30;
+
 /// Size of a core's scratch buffer for receives, bytes. One read of a flooding stream fills it;
 /// every stream of the core uses the same one in turn.
 pub const SCRATCH_BYTES: usize = 64 * 1024;

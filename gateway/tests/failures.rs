@@ -413,6 +413,51 @@ fn another_endpoint_answers_when_one_is_dead() {
 }
 
 #[test]
+fn another_target_answers_however_many_endpoints_of_the_first_are_dead() {
+    let second = fleet("tokens=3,pace=0,first=0");
+    let dead: Vec<_> = (0..5).map(|_| refusing()).collect();
+    let urls: Vec<&str> = dead.iter().map(|(_, url)| url.as_str()).collect();
+    let gateway = Setup::new(urls.join(",")).fallback(second.url()).start();
+    for _ in 0..3 {
+        let (_, answer) = ask(&gateway, "pair", true);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+}
+
+#[test]
+fn the_record_names_the_target_whose_answer_counted() {
+    let busy = Scripted::saying(
+        "HTTP/1.1 429 Too Many Requests\r\ncontent-length: 0\r\n\r\n",
+        Then::Keep,
+    );
+    let (_held, dead) = refusing();
+    let gateway = Setup::new(busy.url()).fallback(dead).start();
+    let (_, answer) = ask(&gateway, "pair", false);
+    assert_eq!(answer.status, 429);
+    assert_eq!(&*only_record(&gateway).provider, "sim");
+}
+
+#[test]
+fn embeddings_without_usage_are_not_billed_as_output() {
+    let body = format!(r#"{{"data":[{{"embedding":[{}0]}}]}}"#, "0.25,".repeat(1000));
+    let upstream = Scripted::saying(
+        format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ),
+        Then::Keep,
+    );
+    let gateway = Setup::new(upstream.url()).start();
+    let mut client = Client::connect(gateway.addr());
+    client.post("/v1/embeddings", r#"{"model":"fast","input":"hello"}"#);
+    assert_eq!(client.answer().status, 200);
+    let record = only_record(&gateway);
+    assert_eq!(record.usage.completion, 0);
+    assert_eq!(record.bytes_out, body.len() as u64);
+    assert!(record.flags.has(Flags::ESTIMATED) && record.usage.prompt > 0);
+}
+
+#[test]
 fn a_refused_credential_is_the_operators_business() {
     for status in [401, 403] {
         let fleet = fleet(&format!("status={status}"));

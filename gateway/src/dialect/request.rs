@@ -27,6 +27,8 @@ pub struct Call<'b> {
     pub hide_usage: bool,
     /// Output tokens that the client permits, for all choices together.
     pub output_max: Option<u64>,
+    /// How many answers are to be generated, each of which may be as long as the limit permits; at least 1.
+    pub choices: u64,
     model_value: Range<usize>,
     edit: Option<Edit>,
 }
@@ -67,13 +69,13 @@ impl<'b> Call<'b> {
                 .as_bool()
                 .ok_or_else(|| Error::bad_field("stream", "`stream` must be true or false"))?,
         };
+        let choices = found.choices.unwrap_or(1).max(1);
         let mut call = Call {
             model: name,
             stream,
             hide_usage: false,
-            output_max: found
-                .output_max
-                .map(|max| max.saturating_mul(found.choices.unwrap_or(1).max(1))),
+            output_max: found.output_max.map(|max| max.saturating_mul(choices)),
+            choices,
             model_value,
             edit: None,
         };
@@ -177,11 +179,40 @@ impl<'b> Found<'b> {
                     });
                     seen_output = true;
                 }
-                "n" => found.choices = member.as_u64(),
-                _ => {}
+                // `best_of` of Completions: all of them are generated, and counted.
+                "n" | "best_of" => found.choices = found.choices.max(member.as_u64()),
+                other => refuse_variant(other, &CONCERNING)?,
             }
         }
         Ok(found)
+    }
+}
+
+/// The fields of a body that concern the gateway.
+const CONCERNING: [&str; 8] = [
+    "model",
+    "stream",
+    "stream_options",
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n",
+    "best_of",
+];
+
+/// Refuses a key that differs from one of `names` in case only: servers written in Go (Ollama) take it for the same
+/// (encoding/json, `Unmarshal`), and the later one counts. It would choose a model, or a limit, past the gateway.
+fn refuse_variant(key: &str, names: &[&'static str]) -> Result<(), Error> {
+    // Unicode's simple folding knows two letters beyond ASCII that fold into it: the long s and the kelvin sign.
+    let fold = |c: char| match c {
+        '\u{17f}' => 's',
+        '\u{212a}' => 'k',
+        _ => c.to_ascii_lowercase(),
+    };
+    let is_variant = |name: &&&str| key.chars().map(fold).eq(name.chars());
+    match names.iter().find(is_variant) {
+        Some(name) => Err(Error::bad_field(name, format!("write `{name}` in lower case"))),
+        None => Ok(()),
     }
 }
 
@@ -208,6 +239,7 @@ fn include_usage(body: &[u8], options: &Range<usize>) -> Result<Option<(bool, Ra
         let wrong = || Error::bad_field("stream_options", "`include_usage` must be true or false, once");
         let member = member.map_err(|_| wrong())?;
         if member.key != "include_usage" {
+            refuse_variant(&member.key, &["include_usage"])?;
             continue;
         }
         let value = match member.kind {
@@ -326,6 +358,15 @@ mod tests {
         assert_eq!(
             refused(r#"{"model":"a","stream":true,"stream":false}"#).param,
             Some("stream")
+        );
+        assert_eq!(refused(r#"{"model":"a","Model":"b"}"#).param, Some("model"));
+        assert_eq!(
+            refused(r#"{"model":"a","max_to\u212aens":9}"#).param,
+            Some("max_tokens")
+        );
+        assert_eq!(
+            refused(r#"{"model":"m","stream":true,"stream_options":{"Include_Usage":false}}"#).param,
+            Some("include_usage")
         );
         assert_eq!(refused(r#"{"model":7}"#).param, Some("model"));
         assert_eq!(refused(r#"{"messages":[]}"#).param, Some("model"));

@@ -6,6 +6,7 @@ use memchr::memmem::Finder;
 use serde::Deserialize;
 
 use super::{Api, Usage, json};
+use crate::bounds::USAGE_TOKENS_MAX;
 
 /// The needle. In JSON a quote inside a string is escaped, so unescaped `"usage"` is a whole string: a key, or a
 /// value, which the colon tells apart.
@@ -111,6 +112,9 @@ fn parse(object: &[u8]) -> Option<Usage> {
         return None;
     }
     let (prompt, completion) = (prompt.unwrap_or(0), completion.unwrap_or(0));
+    if prompt.max(completion) > USAGE_TOKENS_MAX {
+        return None;
+    }
     let cached = wire
         .prompt_tokens_details
         .or(wire.input_tokens_details)
@@ -187,6 +191,8 @@ mod tests {
     fn the_invariants_hold_whatever_is_told() {
         let odd = br#"{"usage":{"prompt_tokens":2,"prompt_tokens_details":{"cached_tokens":9}}}"#;
         assert_eq!(find(Api::ChatCompletions, odd).expect("usage").cached, 2);
+        let huge = br#"{"usage":{"prompt_tokens":1,"completion_tokens":18446744073709551615}}"#;
+        assert_eq!(find(Api::ChatCompletions, huge), None);
     }
 
     #[test]

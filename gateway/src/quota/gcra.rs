@@ -78,7 +78,11 @@ impl Level {
 
     /// Trues up a reservation of `reserved` units that turned out as `used`. What was used beyond it is taken
     /// although there may be no room: it is debt.
-    pub fn settle(&self, rate: &Rate, reserved: u64, used: u64, now_ns: u64) {
+    ///
+    /// `until_ns` is when the reservation will have been earned back: what its [`Standing::reset_ns`] said, from the
+    /// moment it was made. Time that is over by then has been given back already; to give it back again would let
+    /// whoever reserves much and uses little save up many windows.
+    pub fn settle(&self, rate: &Rate, reserved: u64, used: u64, until_ns: u64, now_ns: u64) {
         if used > reserved {
             let more_ns = rate.cost_ns(used).saturating_sub(rate.cost_ns(reserved));
             let mut arrival_ns = self.0.load(Ordering::Relaxed);
@@ -93,9 +97,9 @@ impl Level {
                 }
             }
         }
-        // Below "now" the level is simply empty, so no check is needed against giving back too much: the
-        // same amount was added before.
-        let less_ns = rate.cost_ns(reserved) - rate.cost_ns(used);
+        // Below "now" the level is simply empty, and the same amount was added before: it cannot wrap.
+        let unused_ns = rate.cost_ns(reserved) - rate.cost_ns(used);
+        let less_ns = unused_ns.min(until_ns.saturating_sub(now_ns));
         self.0.fetch_sub(less_ns, Ordering::Relaxed);
     }
 
@@ -145,15 +149,40 @@ mod tests {
             },
         );
         level.reserve(&rate, 80, NOW).expect("room");
-        level.settle(&rate, 80, 30, NOW);
+        level.settle(&rate, 80, 30, NOW + MINUTE, NOW);
         assert_eq!(level.standing(&rate, NOW).remaining, 70);
         level.reserve(&rate, 10, NOW).expect("room");
-        level.settle(&rate, 10, 260, NOW);
+        level.settle(&rate, 10, 260, NOW + MINUTE, NOW);
         // 30 + 260 used of 100: 190 in debt, so a whole window later 90 still are.
         assert!(level.reserve(&rate, 1, NOW + MINUTE).is_err());
         let refused = level.reserve(&rate, 1, NOW).expect_err("debt");
         assert_eq!(refused.retry_after_ns, MINUTE / 100 * 191);
         assert!(level.reserve(&rate, 1, NOW + refused.retry_after_ns).is_ok());
+    }
+
+    #[test]
+    fn what_time_gave_back_is_not_given_back_again() {
+        let (level, rate) = (
+            Level::default(),
+            Rate {
+                amount: 1_000,
+                window_ns: MINUTE,
+            },
+        );
+        // Ten long streams that reserve a whole window each and use nearly nothing.
+        let until: Vec<u64> = (0..10)
+            .map(|n| {
+                let now_ns = NOW + n * MINUTE;
+                now_ns + level.reserve(&rate, 1_000, now_ns).expect("room").reset_ns
+            })
+            .collect();
+        let now_ns = NOW + 10 * MINUTE;
+        level.reserve(&rate, 1_000, now_ns).expect("room");
+        for until_ns in until {
+            level.settle(&rate, 1_000, 10, until_ns, now_ns);
+        }
+        assert_eq!(level.standing(&rate, now_ns).remaining, 0);
+        assert!(level.reserve(&rate, 100, now_ns).is_err());
     }
 
     #[test]
@@ -177,7 +206,7 @@ mod tests {
                         }
                         // Half give a part back; it may be taken again.
                         let used = if round % 2 == 0 { units } else { units - 1 };
-                        level.settle(&rate, units, used, NOW);
+                        level.settle(&rate, units, used, NOW + MINUTE, NOW);
                         granted.fetch_add(used, Ordering::Relaxed);
                     }
                 });

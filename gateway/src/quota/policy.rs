@@ -90,6 +90,8 @@ struct Hold {
     rate: Rate,
     level: Arc<Level>,
     reserved: u64,
+    /// When time alone will have given it back.
+    until_ns: u64,
 }
 
 /// A granted request.
@@ -183,6 +185,7 @@ pub fn admit(bounds: &[Bound], model: &str, estimate: &Estimate, now_ns: u64) ->
                     rate: bound.rate,
                     level: bound.level.clone(),
                     reserved: asked,
+                    until_ns: now_ns + standing.reset_ns,
                 });
             }
             Err(standing) => {
@@ -222,12 +225,19 @@ impl Report {
     }
 }
 
+impl Hold {
+    fn settle(&self, used: u64, now_ns: u64) {
+        self.level
+            .settle(&self.rate, self.reserved, used, self.until_ns, now_ns);
+    }
+}
+
 impl Reservation {
     /// Trues everything up with what was really used.
     pub fn settle(self, tokens: u64, now_ns: u64) {
         for hold in &self.holds {
             if hold.unit == Unit::Tokens {
-                hold.level.settle(&hold.rate, hold.reserved, tokens, now_ns);
+                hold.settle(tokens, now_ns);
             }
         }
     }
@@ -235,7 +245,7 @@ impl Reservation {
     /// Gives everything back, the request itself too: it was never accepted.
     pub fn cancel(self, now_ns: u64) {
         for hold in &self.holds {
-            hold.level.settle(&hold.rate, hold.reserved, 0, now_ns);
+            hold.settle(0, now_ns);
         }
     }
 }

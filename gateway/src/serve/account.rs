@@ -123,6 +123,17 @@ impl Account {
         self.error = Some(code);
     }
 
+    /// Notes who answered, where that is not who was asked last.
+    pub fn answered_by(&mut self, target: &Target) {
+        self.record.provider = target.provider.name.clone();
+        self.record.upstream_model = target.model.clone();
+    }
+
+    /// What is asked for.
+    pub fn api(&self) -> Api {
+        self.record.api
+    }
+
     /// Input tokens that were estimated at the beginning.
     pub fn input_estimated(&self) -> u64 {
         self.input_estimated

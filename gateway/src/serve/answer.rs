@@ -84,6 +84,8 @@ pub fn relayed(
     }
     rate_limit(&mut out, report);
     match framing {
+        // RFC 9110, section 8.6.
+        Framing::Length(_) if upstream.status == 204 => {}
         Framing::Length(length) => field_number(&mut out, "content-length", length as u64),
         Framing::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),
         Framing::UntilClose => {}

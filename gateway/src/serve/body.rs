@@ -131,6 +131,10 @@ pub async fn receive(client: &mut Client, core: &Rc<Core>) -> Result<Body, Faile
         Framing::Chunked => receive_chunked(client, core, &mut body, bounds, http.body_timeout).await?,
     }
     client.body_is_open = false;
+    if client.inbuf.is_empty() {
+        // The answer may be a stream of minutes, which is not to hold the room of what was received.
+        client.inbuf = Vec::new();
+    }
     core.telemetry
         .counters()
         .bytes_from_clients

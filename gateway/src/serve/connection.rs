@@ -27,6 +27,12 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 /// waits in the kernel, and its hang-up is then noticed by writing only.
 const AHEAD_BYTES_MAX: usize = 64 * 1024;
 
+/// Requests in a row that a client may have sent before the answer to the one before, and how long its connection
+/// then rests: it would otherwise have the core for itself, ticks and all. The rest is a timer because the runtime
+/// looks after its timers only when no task is ready, so that a mere yield would not do.
+const HEADS_IN_A_ROW: u32 = 64;
+const REST: Duration = Duration::from_millis(1);
+
 /// What a request leaves its connection as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
@@ -59,6 +65,8 @@ pub struct Client {
     pub body_is_open: bool,
     /// The longest time that the client may take nothing of an answer.
     pub stall: Duration,
+    /// Requests since the last that the client sent behind an answer.
+    heads_in_a_row: u32,
 }
 
 /// What a client did while it was being answered.
@@ -100,6 +108,7 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
         head: RequestHead::new(),
         body_is_open: false,
         stall: http.write_timeout,
+        heads_in_a_row: 0,
     };
     let mut idle = http.head_timeout;
     let mut is_new = true;
@@ -164,7 +173,18 @@ impl Client {
         whole: Duration,
         mut look: bool,
     ) -> Awaited {
+        // A byte that is none of a head (a part of a TLS record) does not make the connection less idle.
+        let idle_until_ns = clock::monotonic_ns() + idle.as_nanos() as u64;
         let mut deadline_ns = None;
+        self.heads_in_a_row = if self.inbuf.is_empty() {
+            0
+        } else {
+            self.heads_in_a_row + 1
+        };
+        if self.heads_in_a_row >= HEADS_IN_A_ROW {
+            self.heads_in_a_row = 0;
+            sleep(REST).await;
+        }
         loop {
             if !self.inbuf.is_empty() {
                 match self.head.parse(&self.inbuf) {
@@ -185,7 +205,8 @@ impl Client {
             if self.inbuf.is_empty() {
                 // An idle connection owns no buffer.
                 self.inbuf = Vec::new();
-                let quiet = race(core.late(idle), core.drain.reached(DRAIN));
+                let left = idle_until_ns.saturating_sub(clock::monotonic_ns());
+                let quiet = race(core.late(Duration::from_nanos(left)), core.drain.reached(DRAIN));
                 match race(self.conn.readable(), quiet).await {
                     Either::First(()) => {}
                     Either::Second(_) => return Awaited::End,
@@ -235,6 +256,10 @@ impl Client {
 
     /// Takes in what a client sent before it was its turn, or learns that it has hung up. Never waits.
     pub fn look_ahead(&mut self, core: &Rc<Core>) -> Ahead {
+        // Every request looks ahead anew, and may be shorter than what a look takes in.
+        if self.inbuf.len() >= AHEAD_BYTES_MAX {
+            return Ahead::Full;
+        }
         match self.receive(core) {
             Ok(Some(0)) | Err(_) => Ahead::Gone,
             Ok(_) if self.inbuf.len() < AHEAD_BYTES_MAX => Ahead::More,

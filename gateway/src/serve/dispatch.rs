@@ -47,7 +47,11 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     let targets = route::order(&order.model.targets, |below| core.chance(below));
     for (place, &index) in targets.iter().enumerate() {
         let target = &order.model.targets[index];
-        while attempts < ATTEMPTS_MAX {
+        // One attempt is left for each target behind this one, as far as they go round: a target with many endpoints
+        // that are all gone must not keep its fallback from being asked.
+        let attempts_here = (ATTEMPTS_MAX - attempts).saturating_sub(targets.len() - 1 - place);
+        let last = (attempts + attempts_here.max(1)).min(ATTEMPTS_MAX);
+        while attempts < last {
             let Some(endpoint) = choose(core, order.model, target, &tried) else {
                 break;
             };
@@ -57,7 +61,7 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
                     // Kept, to be the answer if nobody has a better one.
-                    busy = Some(upstream);
+                    busy = Some((upstream, target));
                     break;
                 }
                 Ok(upstream) => return Ok(upstream),
@@ -69,7 +73,8 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             }
         }
     }
-    if let Some(upstream) = busy {
+    if let Some((upstream, target)) = busy {
+        account.answered_by(target);
         return Ok(upstream);
     }
     Err(match failed {

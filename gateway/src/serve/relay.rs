@@ -15,10 +15,11 @@ use super::{
     upstream::{Broken, Upstream},
 };
 use crate::{
-    core::Core,
+    core::{Core, STOP},
     dialect::{Api, Usage},
     error::{Dialect, Error, Kind},
     ledger::record::Outcome,
+    net::{Either, race},
     quota::policy::Report,
 };
 
@@ -58,12 +59,23 @@ pub async fn run(
     if matches!(upstream.head.status, 401 | 403) {
         return Served::Done(refused_credential(client, core, upstream, account, &terms).await);
     }
-    let is_stream = upstream.head.status == 200 && content_type(&upstream).starts_with(b"text/event-stream");
+    // One without a byte has no end that could come behind its head.
+    let is_stream = upstream.head.status == 200
+        && upstream.length() != Some(0)
+        && is_event_stream(content_type(&upstream));
     account.answering(upstream.head.status, is_stream);
     if is_stream {
         return Served::Stream(Box::new(Stream::new(core, upstream, account, terms)));
     }
     Served::Done(whole::run(client, core, upstream, account, terms).await)
+}
+
+/// Media types are case-insensitive (RFC 9110, section 8.3.1).
+fn is_event_stream(content_type: &[u8]) -> bool {
+    const NAME: &[u8] = b"text/event-stream";
+    content_type
+        .get(..NAME.len())
+        .is_some_and(|name| name.eq_ignore_ascii_case(NAME))
 }
 
 fn content_type(upstream: &Upstream) -> &[u8] {
@@ -99,7 +111,7 @@ async fn refused_credential(
     account.error(error.code());
     account.settle(Outcome::UpstreamFailed, Usage::default(), false);
     let bytes = answer::error(&error, terms.dialect, terms.head);
-    finish(client, &bytes, terms).await
+    finish(client, core, &[&bytes], terms).await
 }
 
 impl Failure {
@@ -136,12 +148,20 @@ impl Failure {
     }
 }
 
-/// Writes the last bytes of an answer.
-async fn finish(client: &mut Client, bytes: &[u8], terms: &Terms) -> Next {
-    match client.conn.write_all(bytes, client.stall).await {
-        Ok(()) if terms.head.keep_alive => Next::KeepAlive,
-        Ok(()) => Next::Close,
-        Err(_) => Next::Gone,
+/// Writes the last bytes of an answer. A client that takes them byte by byte holds their memory for no longer than a
+/// request may last.
+async fn finish(client: &mut Client, core: &Rc<Core>, pieces: &[&[u8]], terms: &Terms) -> Next {
+    let bytes: usize = pieces.iter().map(|piece| piece.len()).sum();
+    core.telemetry.counters().bytes_to_clients.add(bytes as u64);
+    let ends = race(core.drain.reached(STOP), core.late(terms.timeouts.total));
+    match race(client.conn.write_slices(pieces, client.stall), ends).await {
+        Either::First(Ok(())) if terms.head.keep_alive => Next::KeepAlive,
+        Either::First(Ok(())) => Next::Close,
+        Either::First(Err(_)) => Next::Gone,
+        Either::Second(_) => {
+            client.conn.sock().reset_on_close();
+            Next::Gone
+        }
     }
 }
 

@@ -301,7 +301,9 @@ fn admit(
     }
     let output = match api {
         Api::Embeddings => 0,
-        _ => call.output_max.unwrap_or(model.output_tokens_default),
+        _ => call
+            .output_max
+            .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
     let estimate = Estimate {
         input: estimate_input(body.bytes()),

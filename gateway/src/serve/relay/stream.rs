@@ -24,6 +24,7 @@ use crate::{
         Either, clock, race,
         runtime::{Timer, yield_now},
         signal::Reached,
+        sleep,
     },
     serve::{
         account::Account,
@@ -41,6 +42,11 @@ const READ_TO: usize = SCRATCH_BYTES - CHUNK_END.len();
 /// Reads of one stream in a row before other tasks get their turn, for engines where a wait may be over at once.
 const READS_IN_A_ROW: u32 = 16;
 
+/// Waits in a row that were over at once before the stream rests, and for how long: only then does the runtime look
+/// after its timers, this stream's and all others'.
+const READY_IN_A_ROW: u32 = 64;
+const REST: Duration = Duration::from_millis(1);
+
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
     core: Rc<Core>,
@@ -56,6 +62,8 @@ pub struct Stream {
     left_over: bool,
     /// The connection's end came within an event of which the client has a part.
     cut_mid_event: bool,
+    /// Waits in a row that were over at once.
+    ready_in_a_row: u32,
     /// When the last bytes came.
     last_ns: u64,
     /// When the last event came; 0 before the first.
@@ -94,6 +102,7 @@ impl Stream {
             unsent: Vec::new(),
             left_over: false,
             cut_mid_event: false,
+            ready_in_a_row: 0,
             last_ns: clock::monotonic_ns(),
             last_event_ns: 0,
         }
@@ -136,6 +145,19 @@ impl Stream {
             reads += 1;
             if reads % READS_IN_A_ROW == 0 {
                 yield_now().await;
+            }
+            if self.ready_in_a_row >= READY_IN_A_ROW {
+                self.ready_in_a_row = 0;
+                sleep(REST).await;
+                // The upstream is ready whenever it is looked at, so nobody else was.
+                if self.core.drain.level() >= STOP {
+                    came = Came::Failed(Failure::Stop);
+                    continue;
+                }
+                if let Some(failure) = self.overdue() {
+                    came = Came::Failed(failure);
+                    continue;
+                }
             }
             let watched = watching.then_some(client_stirs.as_mut());
             came = match self.wait(watched, &mut timer, stop.as_mut()).await {
@@ -199,7 +221,9 @@ impl Stream {
             return Woken::Upstream;
         };
         let mut upstream = pin!(conn.readable());
-        std::future::poll_fn(|cx| {
+        let mut polls = 0;
+        let woken = std::future::poll_fn(|cx| {
+            polls += 1;
             if upstream.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Woken::Upstream);
             }
@@ -214,7 +238,9 @@ impl Stream {
             }
             stop.as_mut().poll(cx).map(|()| Woken::Stop)
         })
-        .await
+        .await;
+        self.ready_in_a_row = if polls == 1 { self.ready_in_a_row + 1 } else { 0 };
+        woken
     }
 
     /// Takes what the upstream sent and passes it on.
@@ -329,15 +355,23 @@ impl Stream {
         }
         let unsent = std::mem::take(&mut self.unsent);
         let stall = client.stall;
-        match race(client.conn.write_all(&unsent, stall), stop.as_mut()).await {
+        // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.
+        let used_ns = clock::monotonic_ns() - self.account.started_ns();
+        let core = self.core.clone();
+        let total = core.late(left(self.terms.timeouts.total, used_ns));
+        let ends = race(stop.as_mut(), total);
+        match race(client.conn.write_all(&unsent, stall), ends).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
                 self.last_ns = clock::monotonic_ns();
                 result.is_ok()
             }
-            Either::Second(()) => {
+            Either::Second(end) => {
                 // The client stands in the middle of a chunk, where no error event can be put.
-                self.settle(Outcome::Stopped);
+                self.settle(match end {
+                    Either::First(()) => Outcome::Stopped,
+                    Either::Second(()) => Outcome::TimedOut,
+                });
                 false
             }
         }

@@ -7,7 +7,7 @@ use super::{Failure, Terms, finish, left};
 use crate::{
     bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
     core::{Core, STOP},
-    dialect::{Usage, usage},
+    dialect::{Api, Usage, usage},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
         head::Version,
@@ -71,26 +71,24 @@ pub async fn run(
     };
     match received {
         Ok(()) => {}
-        Err(Ended::Failed(failure)) => return fail(client, failure, account, &terms).await,
+        Err(Ended::Failed(failure)) => return fail(client, core, failure, account, &terms).await,
         Err(Ended::ClientGone) => return client_gone(account),
     }
     account.first_byte(clock::monotonic_ns());
     if !body.done {
         return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
     }
+    account.sent(body.bytes.len());
     settle(
         &mut account,
         upstream.head.status,
         usage_of(&upstream, &body.bytes, &terms),
         body.bytes.len(),
     );
-    account.sent(body.bytes.len());
     let framing = Framing::Length(body.bytes.len());
-    let mut out = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
-    out.extend_from_slice(&body.bytes);
-    core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
+    let head = answer::relayed(&upstream.head, &head_bytes, framing, &terms.report, terms.head);
     upstream.finish(body.left_over);
-    finish(client, &out, &terms).await
+    finish(client, core, &[&head, &body.bytes], &terms).await
 }
 
 impl Collected {
@@ -164,18 +162,19 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: 
     } else {
         Outcome::Complete
     };
-    let estimate = || Usage {
-        prompt: account.input_estimated(),
-        completion: body_bytes as u64 / BYTES_PER_TOKEN,
-        ..Usage::default()
-    };
     let estimated = usage.is_none();
-    let usage = usage.unwrap_or_else(estimate);
+    let usage = usage.unwrap_or_else(|| estimate(account, body_bytes));
     account.settle(outcome, usage, estimated);
 }
 
 /// Nothing has been sent yet, so the client gets a proper error.
-async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms: &Terms) -> Next {
+async fn fail(
+    client: &mut Client,
+    core: &Rc<Core>,
+    failure: Failure,
+    mut account: Account,
+    terms: &Terms,
+) -> Next {
     let error = failure.error();
     account.answering(error.status(), false);
     account.error(error.code());
@@ -185,7 +184,8 @@ async fn fail(client: &mut Client, failure: Failure, mut account: Account, terms
         ..Usage::default()
     };
     account.settle(failure.outcome(), usage, true);
-    finish(client, &answer::error(&error, terms.dialect, terms.head), terms).await
+    let bytes = answer::error(&error, terms.dialect, terms.head);
+    finish(client, core, &[&bytes], terms).await
 }
 
 fn client_gone(mut account: Account) -> Next {
@@ -231,8 +231,20 @@ async fn relay_long(
             );
         }
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
-        if client.conn.write_all(&out, client.stall).await.is_err() {
-            settle_cut(&mut account, Outcome::ClientGone, total);
+        let used_ns = clock::monotonic_ns() - account.started_ns();
+        let ends = race(
+            core.drain.reached(STOP),
+            core.late(left(terms.timeouts.total, used_ns)),
+        );
+        let cut = match race(client.conn.write_all(&out, client.stall), ends).await {
+            Either::First(Ok(())) => None,
+            Either::First(Err(_)) => Some(Outcome::ClientGone),
+            Either::Second(Either::First(())) => Some(Outcome::Stopped),
+            Either::Second(Either::Second(())) => Some(Outcome::TimedOut),
+        };
+        if let Some(outcome) = cut {
+            settle_cut(&mut account, outcome, total);
+            client.conn.sock().reset_on_close();
             return Next::Gone;
         }
         if body.done {
@@ -289,10 +301,19 @@ fn append(out: &mut Vec<u8>, bytes: &[u8], framing: Framing, end: bool) {
 
 /// Closes the account of an answer of which only a part was delivered.
 fn settle_cut(account: &mut Account, outcome: Outcome, body_bytes: usize) {
-    let usage = Usage {
-        prompt: account.input_estimated(),
-        completion: body_bytes as u64 / BYTES_PER_TOKEN,
-        ..Usage::default()
-    };
+    let usage = estimate(account, body_bytes);
     account.settle(outcome, usage, true);
+}
+
+/// What an answer used whose provider does not tell. Vectors of embeddings are long and no output tokens.
+fn estimate(account: &Account, body_bytes: usize) -> Usage {
+    let completion = match account.api() {
+        Api::Embeddings => 0,
+        _ => body_bytes as u64 / BYTES_PER_TOKEN,
+    };
+    Usage {
+        prompt: account.input_estimated(),
+        completion,
+        ..Usage::default()
+    }
 }
