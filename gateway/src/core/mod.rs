@@ -80,8 +80,8 @@ pub struct Core {
     pub drain: Signal,
     /// Rises with each tick of the core.
     pub ticks: Signal,
-    /// Bytes of request bodies held now.
-    pub bodies_bytes: Cell<usize>,
+    /// Bytes of requests' and answers' bodies held now; see [`Share`].
+    bodies_bytes: Cell<usize>,
     /// Connections of clients open now.
     pub connections: Cell<usize>,
     /// Requests accepted and not ended: records to be written.
@@ -198,6 +198,45 @@ impl Core {
     /// Notes that a client's request was accepted: earlier refusals are forgiven.
     pub fn note_accepted(&self, client: IpAddr) {
         self.shared.refusals.accepted(client);
+    }
+}
+
+/// Bytes of bodies that somebody holds, counted against the core's bound until it is dropped.
+pub struct Share {
+    core: Rc<Core>,
+    bytes: usize,
+}
+
+impl Share {
+    /// Nothing yet.
+    pub fn new(core: &Rc<Core>) -> Share {
+        Share {
+            core: core.clone(),
+            bytes: 0,
+        }
+    }
+
+    /// Bytes counted now.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Bytes that all shares of the core count now.
+    pub fn all_bytes(&self) -> usize {
+        self.core.bodies_bytes.get()
+    }
+
+    /// Counts `bytes` from now on.
+    pub fn set(&mut self, bytes: usize) {
+        let others = self.core.bodies_bytes.get() - self.bytes;
+        self.core.bodies_bytes.set(others + bytes);
+        self.bytes = bytes;
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        self.set(0);
     }
 }
 

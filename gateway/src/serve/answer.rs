@@ -96,8 +96,10 @@ pub fn relayed(
 
 /// Fields of an upstream's answer that are about the operator's account or about that connection.
 fn is_withheld(name: &[u8]) -> bool {
-    const WITHHELD: [&str; 12] = [
+    const WITHHELD: [&str; 13] = [
         "content-length",
+        // Where an upstream lives is nobody else's business; its APIs redirect nowhere.
+        "location",
         "x-request-id",
         "request-id",
         "set-cookie",

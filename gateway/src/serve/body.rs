@@ -2,9 +2,9 @@
 
 use std::{rc::Rc, time::Duration};
 
-use super::connection::Client;
+use super::{connection::Client, snapshot::Http};
 use crate::{
-    core::Core,
+    core::{Core, Share},
     error::{Error, Kind},
     http::{
         chunked::ChunkedDecoder,
@@ -23,8 +23,7 @@ const RETRY_AFTER_S: u64 = 1;
 /// A request's body, and its share of the core's bound, which it gives back when it is dropped.
 pub struct Body {
     bytes: Vec<u8>,
-    counted: usize,
-    core: Rc<Core>,
+    share: Share,
 }
 
 impl Body {
@@ -32,8 +31,7 @@ impl Body {
     pub fn empty(core: &Rc<Core>) -> Body {
         Body {
             bytes: Vec::new(),
-            counted: 0,
-            core: core.clone(),
+            share: Share::new(core),
         }
     }
 
@@ -49,30 +47,21 @@ impl Body {
             let message = format!("the request body is larger than {body_max} bytes");
             return Err(Error::new(Kind::BodyTooLarge, message));
         }
-        if wanted <= self.counted {
+        let counted = self.share.bytes();
+        if wanted <= counted {
             return Ok(());
         }
-        let target = wanted.max(self.counted * 2).max(FIRST_BYTES).min(body_max);
-        let in_flight = self.core.bodies_bytes.get() + (target - self.counted);
-        if in_flight > bodies_max {
+        let target = wanted.max(counted * 2).max(FIRST_BYTES).min(body_max);
+        if self.share.all_bytes() + (target - counted) > bodies_max {
             let full = "the gateway holds too many request bodies; try again";
             return Err(Error {
                 retry_after_s: Some(RETRY_AFTER_S),
                 ..Error::new(Kind::Overloaded, full)
             });
         }
-        self.core.bodies_bytes.set(in_flight);
-        self.counted = target;
+        self.share.set(target);
         self.bytes.reserve_exact(target - self.bytes.len());
         Ok(())
-    }
-}
-
-impl Drop for Body {
-    fn drop(&mut self) {
-        self.core
-            .bodies_bytes
-            .set(self.core.bodies_bytes.get() - self.counted);
     }
 }
 
@@ -92,8 +81,7 @@ impl From<Error> for Failed {
 
 /// Receives the body of the client's current request. Afterwards `client.inbuf` is what came behind it, a
 /// next request's beginning; the head is gone from it.
-pub async fn receive(client: &mut Client, core: &Rc<Core>) -> Result<Body, Failed> {
-    let http = core.snapshot().http;
+pub async fn receive(client: &mut Client, core: &Rc<Core>, http: Http) -> Result<Body, Failed> {
     let mut body = Body::empty(core);
     if let Framing::Length(length) = client.head.framing {
         let length = usize::try_from(length).unwrap_or(usize::MAX);

@@ -61,8 +61,11 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
                     // Kept, to be the answer if nobody has a better one.
+                    let refuses_the_target = is_rate_limit(upstream.head.status);
                     busy = Some((upstream, target));
-                    break;
+                    if refuses_the_target {
+                        break;
+                    }
                 }
                 Ok(upstream) => return Ok(upstream),
                 Err(Failed::TimedOut) => {
@@ -91,7 +94,12 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
 
 /// Statuses after which another target may do better: too busy, or not there.
 fn asks_for_another(status: u16) -> bool {
-    matches!(status, 429 | 502 | 503 | 504 | 529)
+    is_rate_limit(status) || matches!(status, 502..=504)
+}
+
+/// Statuses that speak for a provider as a whole, not for one of its endpoints.
+fn is_rate_limit(status: u16) -> bool {
+    matches!(status, 429 | 529)
 }
 
 fn choose(core: &Core, model: &Model, target: &Target, tried: &[u64]) -> Option<Arc<Endpoint>> {

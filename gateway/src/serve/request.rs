@@ -8,7 +8,7 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc};
 
 use super::{
     account::Account,
@@ -50,6 +50,16 @@ pub struct Request {
     pub dialect: Dialect,
     /// The basis of every answer's head.
     pub head: answer::Head,
+    /// Who asks and what for, as far as it is known, for the log of a refusal.
+    known: RefCell<Known>,
+}
+
+/// See [`Request::known`].
+#[derive(Default)]
+struct Known {
+    key: Option<Arc<str>>,
+    model: Option<Arc<str>>,
+    path: Option<&'static str>,
 }
 
 /// Why a request ends before an upstream has answered.
@@ -132,10 +142,16 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         }
     };
     let key = authenticate(client, request)?.clone();
+    *request.known.borrow_mut() = Known {
+        key: Some(key.name.clone()),
+        model: None,
+        path: Some(api.path()),
+    };
     let fields = upstream::forwarded(&client.head, &client.inbuf);
-    let body = receive_body(client, core).await?;
+    let body = receive_body(client, core, request).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
+    request.known.borrow_mut().model = Some(model.name.clone());
     let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
     let order = Order {
         id: request.id,
@@ -180,6 +196,7 @@ fn begin(client: &Client, core: &Rc<Core>) -> Request {
             keep_alive: head.keep_alive && core.drain.level() < DRAIN,
             bodyless: head.method == Method::Head,
         },
+        known: RefCell::default(),
     }
 }
 
@@ -246,8 +263,13 @@ fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key
     request.snapshot.key(secret).ok_or_else(unknown)
 }
 
-async fn receive_body(client: &mut Client, core: &Rc<Core>) -> Result<Body, Refusal> {
-    match race(body::receive(client, core), core.drain.reached(STOP)).await {
+async fn receive_body(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Body, Refusal> {
+    match race(
+        body::receive(client, core, request.snapshot.http),
+        core.drain.reached(STOP),
+    )
+    .await
+    {
         Either::First(Ok(body)) => Ok(body),
         Either::First(Err(body::Failed::Error(error))) => Err(error.into()),
         Either::First(Err(body::Failed::Gone)) => Err(Refusal::Gone),
@@ -425,10 +447,11 @@ async fn models(client: &mut Client, core: &Rc<Core>, request: &Request, key: &K
 
 fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Error) {
     core.telemetry.counters().response(error.status());
-    // The head may be consumed by now; then the path is known to be one of the API's.
-    let path = match client.head.len {
-        0 => Cow::Borrowed("/v1"),
-        _ => String::from_utf8_lossy(client.head.target.of(&client.inbuf)),
+    let known = request.known.take();
+    let path = match known.path {
+        Some(path) => Cow::Borrowed(path),
+        None if client.head.len == 0 => Cow::Borrowed(""),
+        None => String::from_utf8_lossy(client.head.target.of(&client.inbuf)),
     };
     core.telemetry.log_access(AccessEntry {
         time_unix_ms: request.id.unix_ms(),
@@ -436,6 +459,8 @@ fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Erro
         client: Some(client.ip),
         method: client.head.method.name().into(),
         path: path_of(&path).into(),
+        key: known.key,
+        model: known.model,
         status: error.status(),
         outcome: "refused",
         error: Some(error.code()),

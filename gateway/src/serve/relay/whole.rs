@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{Failure, Terms, finish, left};
 use crate::{
     bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
-    core::{Core, STOP},
+    core::{Core, STOP, Share},
     dialect::{Api, Usage, usage},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
@@ -29,9 +29,10 @@ const TAIL_BYTES: usize = 64 * 1024;
 const BYTES_PER_TOKEN: u64 = 4;
 
 /// A body on its way from the upstream.
-#[derive(Default)]
 struct Collected {
     bytes: Vec<u8>,
+    /// Their capacity's share of what the core may hold.
+    share: Share,
     done: bool,
     /// Something came behind the body's end.
     left_over: bool,
@@ -53,7 +54,7 @@ pub async fn run(
 ) -> Next {
     let mut head_bytes = std::mem::take(&mut upstream.received);
     let rest = head_bytes.split_off(upstream.head.len);
-    let mut body = Collected::default();
+    let mut body = Collected::new(core);
     let received = match body.take(&mut upstream, rest) {
         Ok(()) => {
             collect(
@@ -92,6 +93,21 @@ pub async fn run(
 }
 
 impl Collected {
+    fn new(core: &Rc<Core>) -> Collected {
+        Collected {
+            bytes: Vec::new(),
+            share: Share::new(core),
+            done: false,
+            left_over: false,
+        }
+    }
+
+    /// Whether more may be kept: within the answer's bound, and, beyond a first part, within the core's.
+    fn has_room(&self, bytes_max: usize, bodies_max: usize) -> bool {
+        let small = self.bytes.len() < SCRATCH_BYTES;
+        self.bytes.len() <= bytes_max && (small || self.share.all_bytes() < bodies_max)
+    }
+
     /// Takes the framing off `bytes` and adds what is left.
     fn take(&mut self, upstream: &mut Upstream, mut bytes: Vec<u8>) -> Result<(), Broken> {
         self.take_slice(upstream, &mut bytes)
@@ -100,6 +116,7 @@ impl Collected {
     fn take_slice(&mut self, upstream: &mut Upstream, bytes: &mut [u8]) -> Result<(), Broken> {
         let decoded = upstream.deframe(bytes)?;
         self.bytes.extend_from_slice(&bytes[decoded.payload]);
+        self.share.set(self.bytes.capacity());
         self.done = decoded.done;
         self.left_over = decoded.done && decoded.consumed < bytes.len();
         Ok(())
@@ -117,8 +134,9 @@ async fn collect(
     bytes_max: usize,
 ) -> Result<(), Ended> {
     let time = left(terms.timeouts.total, clock::monotonic_ns() - account.started_ns());
+    let bodies_max = core.shared.snapshot.load().http.bodies_bytes_max;
     let receive = async {
-        while !body.done && body.bytes.len() <= bytes_max {
+        while !body.done && body.has_room(bytes_max, bodies_max) {
             let got = {
                 let scratch = &mut *core.scratch();
                 let got = upstream
