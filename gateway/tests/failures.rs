@@ -682,3 +682,17 @@ fn credentials_stay_on_their_side_and_unknown_fields_survive() {
     }
     assert!(lower.contains(&format!("x-request-id: {}", record.id)));
 }
+
+#[test]
+fn a_busy_endpoint_does_not_speak_for_its_siblings() {
+    let (busy, well) = (fleet("status=503"), fleet("tokens=2,pace=0,first=0"));
+    let gateway = Setup::new(format!("{},{}", busy.url(), well.url())).start();
+    // Whichever of the two is asked first, the answer is the well one's.
+    for _ in 0..4 {
+        let mut client = Client::connect(gateway.addr());
+        client.post(CHAT, &chat("fast", false));
+        assert_eq!(client.answer().status, 200);
+    }
+    assert!(busy.stats().requests > 0);
+    assert_eq!(well.stats().requests, 4);
+}

@@ -416,3 +416,31 @@ fn paths_and_methods_that_are_not_served_say_so() {
         assert!(answer.field("x-request-id").is_some(), "{line}");
     }
 }
+
+#[test]
+fn the_access_log_names_who_was_refused() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let gateway = Setup::new(fleet.url())
+        .limits("  - { requests: 1, every: 1h }")
+        .start();
+    let mut client = Client::connect(gateway.addr());
+    for status in [200, 429] {
+        client.post("/v1/chat/completions", &chat("fast", false));
+        assert_eq!(client.answer().status, status);
+    }
+    let line = support::eventually("a line of the access log", || {
+        gateway
+            .log()
+            .lines()
+            .find(|line| line.contains("\"status\":429"))
+            .map(str::to_string)
+    });
+    for part in [
+        "\"key\":\"alice\"",
+        "\"model\":\"fast\"",
+        "\"path\":\"/v1/chat/completions\"",
+        "\"error\":\"rate_limit_exceeded\"",
+    ] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+}
