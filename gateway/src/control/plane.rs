@@ -3,7 +3,10 @@
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -28,6 +31,12 @@ use crate::{
     },
 };
 
+/// Ticks between two counts of the blocked clients, which walk the kernel's map: about a second.
+const TICKS_PER_COUNT: u64 = 50;
+
+/// Blocked clients that the admin API lists at most.
+const BLOCKED_LISTED_MAX: usize = 1000;
+
 /// Offenders taken from the queue in one tick.
 const OFFENDERS_PER_TICK: usize = 256;
 
@@ -40,6 +49,9 @@ pub struct State {
     ledger: Arc<Ledger>,
     log: AccessLog,
     resolver: Resolver,
+    ticks: AtomicU64,
+    /// Blocked clients, as last counted.
+    blocked: AtomicUsize,
     addresses: Vec<SocketAddr>,
     tls: Vec<SharedTls>,
     /// What the process was started with: what only a restart changes still is as it says.
@@ -79,6 +91,8 @@ impl State {
             ledger,
             log,
             resolver,
+            ticks: AtomicU64::new(0),
+            blocked: AtomicUsize::new(0),
             addresses,
             tls,
             at_start: config.clone(),
@@ -110,6 +124,13 @@ impl State {
             }
         }
         let Some(kernel) = kernel else { return };
+        if self
+            .ticks
+            .fetch_add(1, Ordering::Relaxed)
+            .is_multiple_of(TICKS_PER_COUNT)
+        {
+            self.blocked.store(kernel.blocked().len(), Ordering::Relaxed);
+        }
         for core in &self.shared.cores {
             let streams = u32::try_from(core.counters().streams_open()).unwrap_or(u32::MAX);
             kernel.publish_load(core.core(), streams);
@@ -269,7 +290,7 @@ impl State {
     fn kernel_brief(&self) -> Value {
         match self.kernel() {
             Ok(kernel) => {
-                json!({ "loaded": true, "dropped": kernel.stats().dropped, "blocked": kernel.blocked().len() })
+                json!({ "loaded": true, "dropped": kernel.stats().dropped, "blocked": self.blocked.load(Ordering::Relaxed) })
             }
             Err(reason) => json!({ "loaded": false, "reason": reason }),
         }
@@ -303,10 +324,11 @@ impl State {
             Ok(kernel) => kernel,
             Err(reason) => return json!({ "loaded": false, "reason": reason }),
         };
-        let stats = kernel.stats();
+        let mut figures = kernel_figures(&kernel);
         let blocked: Vec<Value> = kernel
             .blocked()
             .iter()
+            .take(BLOCKED_LISTED_MAX)
             .map(|blocked| {
                 json!({
                     "client": blocked.client,
@@ -316,21 +338,20 @@ impl State {
                 })
             })
             .collect();
-        json!({
-            "loaded": true,
-            "degraded": kernel.degraded(),
-            "dropped": stats.dropped,
-            "would_drop": stats.would_drop,
-            "steered": stats.steered,
-            "steered_away": stats.steered_away,
-            "fallback": stats.fallback,
-            "opened": stats.opened,
-            "closed": stats.closed,
-            "bytes_in": stats.bytes_in,
-            "bytes_out": stats.bytes_out,
-            "retransmits": stats.retransmits,
-            "blocked": blocked,
-        })
+        figures["blocked"] = blocked.into();
+        figures
+    }
+
+    /// The same without the list of blocked clients, which may be long: for metrics.
+    pub fn kernel_figures(&self) -> Value {
+        match self.kernel() {
+            Ok(kernel) => {
+                let mut figures = kernel_figures(&kernel);
+                figures["blocked_clients"] = self.blocked.load(Ordering::Relaxed).into();
+                figures
+            }
+            Err(reason) => json!({ "loaded": false, "reason": reason }),
+        }
     }
 
     /// Blocks a client by hand.
@@ -364,6 +385,25 @@ fn same_listeners<'a>(
             .nth(earlier)
     };
     (0..open.len()).map(same).collect()
+}
+
+/// What the kernel plane counted.
+fn kernel_figures(kernel: &Kernel) -> Value {
+    let stats = kernel.stats();
+    json!({
+        "loaded": true,
+        "degraded": kernel.degraded(),
+        "dropped": stats.dropped,
+        "would_drop": stats.would_drop,
+        "steered": stats.steered,
+        "steered_away": stats.steered_away,
+        "fallback": stats.fallback,
+        "opened": stats.opened,
+        "closed": stats.closed,
+        "bytes_in": stats.bytes_in,
+        "bytes_out": stats.bytes_out,
+        "retransmits": stats.retransmits,
+    })
 }
 
 /// Parts of the configuration that a reload cannot change, as far as they differ from what the process was started with.

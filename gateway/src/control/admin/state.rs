@@ -118,7 +118,7 @@ impl Plane for State {
                 },
                 &mut out,
             );
-            write_state(&status, &State::kernel_status(self), &mut out);
+            write_state(&status, &self.kernel_figures(), &mut out);
             write_models(&self.model_totals(), &mut out);
             out.finish()
         })
@@ -164,12 +164,12 @@ fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
     )
     .value(u8::from(loaded));
     write_counters(&KERNEL_COUNTERS, kernel, out);
-    if let Some(blocked) = kernel["blocked"].as_array() {
+    if let Some(blocked) = kernel["blocked_clients"].as_u64() {
         out.gauge(
             "gateway_kernel_blocked_clients",
             "Clients that the kernel drops now.",
         )
-        .value(blocked.len());
+        .value(blocked);
     }
     let ledger = &status["ledger"];
     write_counters(&LEDGER_COUNTERS, ledger, out);
