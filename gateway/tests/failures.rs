@@ -696,3 +696,23 @@ fn a_busy_endpoint_does_not_speak_for_its_siblings() {
     assert!(busy.stats().requests > 0);
     assert_eq!(well.stats().requests, 4);
 }
+
+#[test]
+fn a_target_that_is_known_to_be_down_is_asked_last() {
+    let (_held, dead) = refusing();
+    let second = fleet("tokens=1,pace=0,first=0");
+    // One core: what it has learned by the first request counts for the second.
+    let gateway = Setup::new(dead).fallback(second.url()).workers(1, "auto").start();
+    let mut client = Client::connect(gateway.addr());
+    for _ in 0..2 {
+        client.post(CHAT, &chat("pair", false));
+        assert_eq!(client.answer().status, 200);
+    }
+    let records = gateway.await_records(2);
+    let retried: Vec<bool> = records
+        .iter()
+        .map(|record| record.flags.has(Flags::RETRIED))
+        .collect();
+    assert_eq!(retried, [true, false]);
+    assert!(records.iter().all(|record| record.flags.has(Flags::FALLBACK)));
+}

@@ -110,7 +110,9 @@ impl Pool {
         let oldest_ns = now_ns.saturating_sub(IDLE_MAX.as_nanos() as u64);
         self.endpoints.retain(|_, state| {
             state.idle.retain(|idle| idle.since_ns > oldest_ns);
-            !state.idle.is_empty() || state.active > 0 || state.down_until_ns > now_ns
+            // Kept for a while after it may be tried again, so that the next failure in a row waits longer.
+            let may_fail_again = state.down_until_ns + DOWN_MAX.as_nanos() as u64 > now_ns;
+            !state.idle.is_empty() || state.active > 0 || may_fail_again
         });
     }
 }

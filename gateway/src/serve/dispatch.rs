@@ -44,7 +44,9 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     let mut tried = Vec::new();
     let mut failed = Failed::Unreachable;
     let mut busy = None;
-    let targets = route::order(&order.model.targets, |below| core.chance(below));
+    let mut targets = route::order(&order.model.targets, |below| core.chance(below));
+    let preferred = targets.first().copied();
+    put_down_last(core, &order.model.targets, &mut targets);
     for (place, &index) in targets.iter().enumerate() {
         let target = &order.model.targets[index];
         // One attempt is left for each target behind this one, as far as they go round: a target with many endpoints
@@ -56,7 +58,7 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
                 break;
             };
             tried.push(endpoint.id);
-            account.target(target, attempts, place > 0);
+            account.target(target, attempts, Some(index) != preferred);
             attempts += 1;
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
@@ -90,6 +92,22 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             "no upstream of the model could be reached",
         ),
     })
+}
+
+/// Targets none of whose endpoints could be reached lately go behind the others: a request does not wait for them.
+fn put_down_last(core: &Core, targets: &[Target], order: &mut [usize]) {
+    if order.len() < 2 {
+        return;
+    }
+    let now_ns = clock::monotonic_ns();
+    let pool = core.pool.borrow();
+    order.sort_by_key(|&index| {
+        targets[index]
+            .provider
+            .endpoints
+            .iter()
+            .all(|e| pool.is_down(e.id, now_ns))
+    });
 }
 
 /// Statuses after which another target may do better: too busy, or not there.
