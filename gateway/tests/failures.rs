@@ -383,10 +383,14 @@ fn another_target_answers_when_the_first_cannot() {
             second.last().header("authorization").as_deref(),
             Some("Bearer other-secret")
         );
-        for record in gateway.await_records(2) {
+        let records = gateway.await_records(2);
+        for record in &records {
             assert_eq!((record.outcome, &*record.provider), (Outcome::Complete, "other"));
-            assert!(record.flags.has(Flags::FALLBACK) && record.flags.has(Flags::RETRIED));
+            assert!(record.flags.has(Flags::FALLBACK));
         }
+        // The second request may know already that the first target is down, and not ask it.
+        let retried = |record: &Record| record.flags.has(Flags::RETRIED);
+        assert!(records.iter().any(retried) && (status.is_none() || records.iter().all(retried)));
         // Where there is no other target, the answer of the one that there is counts.
         if let Some(status) = status {
             let (_, answer) = ask(&gateway, "fast", true);
