@@ -208,7 +208,7 @@ fn kernel(stage: &Stage) -> anyhow::Result<()> {
         return Ok(());
     }
     println!(
-        "5. It goes on asking. After the tenth refusal the kernel drops it, before TLS, HTTP or JSON cost anything:\n"
+        "5. It goes on asking. Ten refusals make it an offender; moments later the kernel drops it, before TLS, HTTP or JSON:\n"
     );
     let mut refusals = 0;
     let dropped = loop {
