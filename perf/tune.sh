@@ -44,11 +44,27 @@ set_file() {
   done
 }
 
+# set_by UNDO REASON COMMAND...: for what has no file: runs the command, and keeps UNDO for --undo.
+set_by() {
+  local back=$1 reason=$2
+  shift 2
+  echo "$* ($reason)"
+  [ $mode = dry-run ] && return
+  if "$@" 2>/dev/null; then printf '!\t%s\n' "$back" >> "$before"; else echo "refused: $*"; fi
+}
+
 undo() {
   local file old
   [ -e "$before" ] || { echo "nothing to undo: no $before"; return; }
   # Last change first, so that a file changed twice ends as it was.
   tac "$before" | while IFS=$'\t' read -r file old; do
+    if [ "$file" = "!" ]; then
+      echo "$old"
+      # Split at spaces: a command of this script's own.
+      # shellcheck disable=SC2086
+      $old || echo "refused: $old"
+      continue
+    fi
     echo "$file: back to $old"
     echo "$old" > "$file" || echo "refused: $file"
   done
@@ -86,7 +102,7 @@ memory() {
 
 # The data plane steers connections to the core that took the packet: that wants a queue a core, and RPS off.
 network() {
-  local device queues
+  local device queues queue cpu
   for device in /sys/class/net/*/device; do
     device=$(basename "$(dirname "$device")")
     queues=$(find "/sys/class/net/$device/queues" -maxdepth 1 -name 'rx-*' | wc -l)
@@ -94,7 +110,37 @@ network() {
       || echo "$device: $queues receive queues for $(nproc) cores; more, where it can: ethtool -L $device combined $(nproc)"
     set_file 0 "packets stay on the core that received them; steering goes by it" \
       "/sys/class/net/$device/queues/"rx-*/rps_cpus
+    # A send leaves by the queue of its own core, so that its completion comes back there. One queue serves all cores.
+    if [ "$queues" -gt 1 ]; then
+      cpu=0
+      for queue in "/sys/class/net/$device/queues/"tx-*; do
+        set_file "$(printf '%x' $((1 << (cpu % 31))))" "XPS: a core sends by a queue of its own" "$queue/xps_cpus"
+        cpu=$((cpu + 1))
+      done
+    fi
+    ring_sizes "$device"
   done
+}
+
+# A burst of a few thousand small packets while a core is busy must not overflow the card's ring (dropped: seen as rx_missed).
+ring_sizes() {
+  local most now
+  command -v ethtool >/dev/null || { echo "not here: ethtool ($1: ring sizes)"; return; }
+  most=$(ethtool -g "$1" 2>/dev/null | awk '/^Pre-set/ { max = 1 } /^Current/ { max = 0 } max && /^RX:/ { print $2 }')
+  now=$(ethtool -g "$1" 2>/dev/null | awk '/^Current/ { current = 1 } current && /^RX:/ { print $2 }')
+  [[ "$most" =~ ^[0-9]+$ && "$now" =~ ^[0-9]+$ ]] || { echo "$1: its ring size cannot be read"; return; }
+  [ "$most" -gt 4096 ] && most=4096
+  [ "$now" -ge "$most" ] || set_by "ethtool -G $1 rx $now" "$1: bursts wait instead of being dropped" ethtool -G "$1" rx "$most"
+}
+
+# What only the boot line or the machine's layout can give; said, not done.
+isolation() {
+  local cores=$(($(nproc) - 1))
+  [ -s /sys/devices/system/cpu/isolated ] && [ "$(cat /sys/devices/system/cpu/isolated)" != "" ] \
+    || echo "isolation: not changed; for the steadiest tail boot with isolcpus=1-$cores nohz_full=1-$cores rcu_nocbs=1-$cores," \
+      "leave CPU 0 to interrupts and the control thread, and run the gateway with CPUAffinity=1-$cores"
+  [ "$(systemctl is-active irqbalance 2>/dev/null)" != active ] \
+    || echo "irqbalance runs: it moves interrupts between cores, and steering follows them; stop it and bind each queue to its core"
 }
 
 profiling() {
@@ -112,5 +158,6 @@ sysctl_file
 processors
 memory
 network
+isolation
 profiling
 [ $mode = dry-run ] || echo "perf/tune.sh --undo puts it back"

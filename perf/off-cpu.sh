@@ -1,0 +1,48 @@
+#!/bin/bash
+# Where the gateway waits: time off the CPU by stack, as an interactive SVG. A data-plane thread should wait in one place
+# only (its ring, or epoll); whatever else is wide here blocks everybody on its core.
+#
+#   perf/off-cpu.sh [SECONDS [OUT.svg]]        of $GATEWAY_PID, or the one gateway that runs here
+#   perf/under-load.sh --model stream perf/off-cpu.sh 10
+#
+# Needs: perf with the sched tracepoints (linux-perf; tracefs), root. Drawn by inferno, built once into target/tools.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+
+[ "${1:-}" != --help ] || { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 0; }
+seconds=${1:-10}
+out=${2:-$root/target/off-cpu.svg}
+pid=${GATEWAY_PID:-$(pidof -s gateway)} || { echo "$0: no gateway runs, and GATEWAY_PID is not set" >&2; exit 1; }
+command -v perf >/dev/null || { echo "$0: needs perf (apt-get install linux-perf)" >&2; exit 1; }
+perf record -q -e sched:sched_switch -o /dev/null true 2>/dev/null \
+  || { echo "$0: needs the tracepoint sched:sched_switch (root; tracefs under /sys/kernel/tracing)" >&2; exit 1; }
+export PATH=$root/target/tools/bin:$PATH
+command -v inferno-flamegraph >/dev/null \
+  || cargo install -q inferno --version 0.12.8 --locked --no-default-features --features cli,multithreaded,nameattr --root "$root/target/tools"
+
+data=$(mktemp)
+trap 'rm -f "$data" "$data.old" "$data.folded"' EXIT
+# The stack is taken when a thread leaves the CPU. When it comes back, the switch is another thread's: -a sees it.
+perf record -q -a -e sched:sched_switch --call-graph dwarf,8192 -o "$data" -- sleep "$seconds"
+perf script -i "$data" --no-inline -F comm,pid,tid,time,event,trace,ip,sym 2>/dev/null \
+  | awk -v pid="$pid" '
+    function leave() { if (tid != "" && mine) { left[tid] = at; stack[tid] = frames } tid = "" }
+    # A header: comm pid/tid time: event: prev_comm=… ==> next_comm=… next_pid=N …
+    /sched:sched_switch/ {
+      leave()
+      match($0, /[0-9]+\/[0-9]+/); split(substr($0, RSTART, RLENGTH), ids, "/")
+      match($0, /[0-9]+\.[0-9]+:/); at = substr($0, RSTART, RLENGTH - 1) + 0
+      tid = ids[2]; mine = ids[1] == pid; frames = ""
+      if (match($0, /next_pid=[0-9]+/)) {
+        next_tid = substr($0, RSTART + 9, RLENGTH - 9)
+        if (next_tid in left) { spent[stack[next_tid]] += at - left[next_tid]; delete left[next_tid] }
+      }
+      next
+    }
+    NF >= 2 && mine { sub(/^[ \t]*[0-9a-f]+ /, ""); sub(/\+0x[0-9a-f]+$/, ""); gsub(/;/, ":"); frames = frames == "" ? $0 : $0 ";" frames }
+    END { for (s in spent) if (s != "") printf "%s %d\n", s, spent[s] * 1000000 }' > "$data.folded"
+[ -s "$data.folded" ] || { echo "$0: the process did not leave the CPU, or its stacks could not be read" >&2; exit 1; }
+inferno-flamegraph --title "gateway, off CPU" --countname us < "$data.folded" > "$out"
+awk '{ n = $NF; sub(/ [0-9]+$/, ""); k = split($0, f, ";"); self[f[k]] += n } END { for (s in self) printf "%10.1f ms  %s\n", self[s] / 1000, s }' \
+  "$data.folded" | sort -rn | head -10 || true
+echo "wrote $out"
