@@ -18,6 +18,7 @@ use gateway::{
     config::schema,
     kernel::{Kernel, Off, Plan},
 };
+use ipnet::IpNet;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Longest wait for anything that the kernel does by itself.
@@ -39,11 +40,14 @@ pub fn in_isolation(name: &str, caps: &str) {
     }
     let cgroup = Cgroup::new(name).expect("a cgroup");
     // The addresses of two IPv6 networks, so that clients can differ in their /64.
-    let setup = "echo $$ > \"$0\"/cgroup.procs && ip link set lo up \
+    // A BPF file system of its own: what is pinned goes with the mount namespace.
+    let setup = "echo $$ > \"$0\"/cgroup.procs && ip link set lo up && mount -t bpf -o mode=0700 bpf /sys/fs/bpf \
                  && ip addr add 2001:db8:0:1::1/64 dev lo && ip addr add 2001:db8:0:1::2/64 dev lo \
                  && ip addr add 2001:db8:0:2::1/64 dev lo && exec \"$@\"";
     let mut command = Command::new("unshare");
-    command.args(["--net", "sh", "-c", setup]).arg(&cgroup.0);
+    command
+        .args(["--net", "--mount", "sh", "-c", setup])
+        .arg(&cgroup.0);
     if !caps.is_empty() {
         command.args(["setpriv", "--bounding-set", caps, "--inh-caps", "-all"]);
     }
@@ -72,7 +76,10 @@ fn cannot() -> Option<String> {
             return Some(format!("{tool}: {error}"));
         }
     }
-    match Command::new("unshare").args(["--net", "true"]).output() {
+    match Command::new("unshare")
+        .args(["--net", "--mount", "true"])
+        .output()
+    {
         Ok(output) if output.status.success() => {}
         Ok(output) => return Some(String::from_utf8_lossy(&output.stderr).trim().to_string()),
         Err(error) => return Some(format!("unshare: {error}")),
@@ -82,13 +89,10 @@ fn cannot() -> Option<String> {
     }
     let config = schema::Kernel {
         cgroup: Some("/nonexistent".into()),
+        bpffs: "/nonexistent".into(),
         ..schema::Kernel::default()
     };
-    match Kernel::load(&Plan {
-        config: &config,
-        cores: 1,
-        ports: &[],
-    }) {
+    match load(&config, 1) {
         Err(off) if off.reason.contains("missing") || off.reason.contains("not permitted") => {
             Some(off.reason)
         }
@@ -218,13 +222,19 @@ pub fn load(config: &schema::Kernel, cores: usize) -> Result<Kernel, Off> {
         config,
         cores,
         ports: &[],
+        state: Path::new("/tmp/state-of-a-test"),
     })
 }
 
 /// The programs before a group of two listeners on 127.0.0.1.
 pub fn guarded() -> (Kernel, Group) {
+    guarded_with(&schema::Kernel::default())
+}
+
+/// The same with another configuration.
+pub fn guarded_with(config: &schema::Kernel) -> (Kernel, Group) {
     let group = Group::new("127.0.0.1:0", 2);
-    let mut kernel = load(&schema::Kernel::default(), 2).expect("the programs");
+    let mut kernel = load(config, 2).expect("the programs");
     kernel.guard(&group.fds()).expect("guarded");
     assert_eq!(kernel.degraded(), Vec::<String>::new());
     (kernel, group)
@@ -232,6 +242,11 @@ pub fn guarded() -> (Kernel, Group) {
 
 pub fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+/// A network; an address is one of its own.
+pub fn net(text: &str) -> IpNet {
+    text.parse().unwrap_or_else(|_| IpNet::from(ip(text)))
 }
 
 /// Sends every packet, from whichever CPU, to `core`.

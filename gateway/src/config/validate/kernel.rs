@@ -31,7 +31,11 @@ pub(super) fn kernel(config: &Config, report: &mut Report<'_>) {
         let message = format!("not 1 to {INSTANCE_BYTES_MAX} letters, digits, `-` or `_`");
         report.error(&path.name("instance"), message);
     }
-    if kernel.xdp.as_ref().is_some_and(|xdp| !is_interface(&xdp.interface)) {
+    if kernel
+        .xdp
+        .as_ref()
+        .is_some_and(|xdp| !is_interface(&xdp.interface))
+    {
         let message = "not the name of an interface, such as eth0";
         report.error(&path.name("xdp").name("interface"), message);
     }
@@ -63,12 +67,7 @@ fn connections(config: &Config, path: &Path, report: &mut Report<'_>) {
     }
 }
 
-fn range<T: PartialOrd + Display>(
-    path: &Path,
-    value: T,
-    range: RangeInclusive<T>,
-    report: &mut Report<'_>,
-) {
+fn range<T: PartialOrd + Display>(path: &Path, value: T, range: RangeInclusive<T>, report: &mut Report<'_>) {
     if !range.contains(&value) {
         let (least, most) = (range.start(), range.end());
         report.error(path, format!("{value} is not within {least} to {most}"));
