@@ -2,6 +2,8 @@
 //!
 //! Returns 1 always: 0 would override the answers of other programs on the cgroup (`tcp_call_bpf`, include/net/tcp.h).
 
+use core::ptr::null_mut;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
@@ -98,7 +100,7 @@ fn measured(ctx: &SockOpsContext) {
     let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
         return;
     };
-    let entry = client_of(ctx, settings).and_then(|client| CLIENTS.get_ptr_mut(&client));
+    let entry = known(ctx, settings);
     // No FIN either way in this state, so the kernel's figures are payload alone.
     // SAFETY: reads of context fields.
     let payload = unsafe { ((*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
@@ -128,23 +130,26 @@ fn state_changed(ctx: &SockOpsContext) {
     let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
         return;
     };
-    let entry = client_of(ctx, settings).and_then(|client| CLIENTS.get_ptr_mut(&client));
+    let entry = known(ctx, settings);
     tell(ctx, conn, port, entry, payload(ctx, state));
     // SAFETY: as above. A connection ends once: its end is not counted again whatever states follow.
     unsafe { (*conn).opened_ns = 0 };
     let life_ms = now_ns.wrapping_sub(opened_ns) / 1_000_000;
-    let bucket = bucket_of(life_ms);
     count!(closed);
     count!(life_ms, life_ms);
+    let bucket = opaque(conn, bucket_of(life_ms));
+    if bucket >= LIFE_BUCKETS {
+        return;
+    }
     count_life(bucket);
     // SAFETY: live values of maps, raised atomically.
     unsafe {
         add(&raw mut (*port).closed, 1);
         add((&raw mut (*port).life).cast::<u64>().add(bucket), 1);
     }
-    let Some(entry) = entry else {
+    if entry.is_null() {
         return;
-    };
+    }
     // SAFETY: as above.
     unsafe {
         if (*entry).born_ns != born_ns {
@@ -158,7 +163,7 @@ fn state_changed(ctx: &SockOpsContext) {
 
 /// Adds to the counters what they do not have yet of a connection's payload (in, out) and repeated segments.
 #[inline(always)]
-fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: Option<*mut Client>, payload: (u64, u64)) {
+fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Client, payload: (u64, u64)) {
     // SAFETY: reads of context fields, aligned, as the verifier demands; a live value of the map, with the socket locked.
     let (bytes_in, bytes_out, retransmits, srtt_us) = unsafe {
         let repeated = u64::from((*ctx.ops).total_retrans);
@@ -178,7 +183,7 @@ fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: Option<*m
         add(&raw mut (*port).bytes_in, bytes_in);
         add(&raw mut (*port).bytes_out, bytes_out);
         add(&raw mut (*port).retransmits, retransmits);
-        if let Some(entry) = entry {
+        if !entry.is_null() {
             add(&raw mut (*entry).bytes_in, bytes_in);
             add(&raw mut (*entry).bytes_out, bytes_out);
             add(&raw mut (*entry).retransmits, retransmits);
@@ -214,7 +219,20 @@ fn bucket_of(life_ms: u64) -> usize {
         1 => 1,
         _ => 2,
     };
-    bits.min(LIFE_BUCKETS - 1)
+    if bits < LIFE_BUCKETS { bits } else { LIFE_BUCKETS - 1 }
+}
+
+/// The same number, as one of which the verifier knows nothing. It follows each path through `bucket_of` with the number that
+/// comes out, and without CAP_PERFMON it refuses an offset into a map's value that is a constant on one path and a range on
+/// another (`sanitize_ptr_alu`, kernel/bpf/verifier.c).
+#[inline(always)]
+fn opaque(conn: *mut Conn, number: usize) -> usize {
+    // SAFETY: a live value of the map, with the socket locked; the connection is at its end, and this field is of no more use.
+    unsafe {
+        let scratch = &raw mut (*conn).told_ns;
+        scratch.write_volatile(number as u64);
+        scratch.read_volatile() as usize
+    }
 }
 
 #[inline(always)]
@@ -297,7 +315,7 @@ fn conn_of(ctx: &SockOpsContext, flags: u64) -> Option<*mut Conn> {
             return None;
         }
         let map = (&raw const CONNS).cast_mut();
-        bpf_sk_storage_get(map.cast(), socket.cast(), core::ptr::null_mut(), flags).cast::<Conn>()
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), flags).cast::<Conn>()
     };
     (!conn.is_null()).then_some(conn)
 }
@@ -319,6 +337,15 @@ fn remote_ip6(ops: *mut bpf_sock_ops) -> [u8; 16] {
     // SAFETY: reads of context words.
     let word = |index: usize| unsafe { u128::from((&raw const (*ops).remote_ip6[index]).read_volatile()) };
     (word(0) | word(1) << 32 | word(2) << 64 | word(3) << 96).to_le_bytes()
+}
+
+/// The client's entry; null: none (see `block_of` for why).
+#[inline(always)]
+fn known(ctx: &SockOpsContext, settings: &Settings) -> *mut Client {
+    let Some(client) = client_of(ctx, settings) else {
+        return null_mut();
+    };
+    CLIENTS.get_ptr_mut(&client).unwrap_or(null_mut())
 }
 
 /// The client's entry, and whether it was there already. Two CPUs may race to make it: the second insert fails and finds the

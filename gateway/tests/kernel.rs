@@ -19,7 +19,7 @@ use std::{
 use gateway::{config::schema, kernel::BlockError};
 use gateway_common::{LOAD_SLACK, overloaded};
 use support::{
-    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, in_isolation, ip, load, net, place_everything,
+    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, guarded_with, in_isolation, ip, load, net, place_everything,
     refused, until,
 };
 
@@ -294,8 +294,12 @@ isolated! {
     }
 
     two_gateways_share_a_cgroup("") {
-        let (first, first_group) = guarded();
-        let (second, second_group) = guarded();
+        let of = |name: &str| schema::Kernel { instance: Some(name.into()), ..schema::Kernel::default() };
+        let (first, first_group) = guarded_with(&of("first"));
+        let (second, second_group) = guarded_with(&of("second"));
+        second.block(net("127.0.0.7"), HOLD).expect("blocked");
+        assert!(refused("127.0.0.7", second_group.port()));
+        assert!(first.blocked().is_empty());
         first_group.core_of("127.0.0.8");
         second_group.core_of("127.0.0.8");
         second_group.core_of("127.0.0.8");
