@@ -45,10 +45,10 @@ pub const PORTS_MAX: u32 = 256;
 pub const CORE_NONE: u32 = u32::MAX;
 
 /// A core keeps its own CPU's connections until it has this many more than another …
-pub const LOAD_SLACK: u64 = 16;
+pub const LOAD_SLACK: u64 = 4;
 
 /// … and a sixteenth more (`1 / 2^LOAD_SHARE_SHIFT`). Staying on the CPU that took the packet saves a cache miss a packet and
-/// a wake-up across cores, so small differences are left alone; from some 400 streams a core on, cores are within 10 %.
+/// a wake-up across cores, so small differences are left alone; from some 50 streams a core on, cores are within 10 % of each other.
 pub const LOAD_SHARE_SHIFT: u32 = 4;
 
 /// How long an unknown client's unfinished attempt is held to be at work, nanoseconds: the time in which a SYN-ACK is

@@ -5,10 +5,12 @@
 //! and ports, packets of open connections, later fragments, headers that are cut short or make no sense, tunnels. The
 //! `listener` program then sees what is for the gateway.
 
+use core::mem::MaybeUninit;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::xdp_action::{XDP_DROP, XDP_PASS},
-    helpers::{bpf_ktime_get_ns, generated::bpf_fib_lookup},
+    helpers::{bpf_ktime_get_ns, generated::{bpf_fib_lookup, bpf_xdp_load_bytes}},
     macros::xdp,
     programs::XdpContext,
 };
@@ -76,13 +78,11 @@ fn judge(ctx: &XdpContext) -> Option<bool> {
     if packet.protocol != TCP {
         return None;
     }
-    let tcp: *const [u8; 14] = read(ctx, packet.at)?;
-    // SAFETY: within the packet, as `read` has checked.
-    let (port, flags) = unsafe { (u16::from_be_bytes([(*tcp)[2], (*tcp)[3]]), (*tcp)[13]) };
-    if flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
+    let tcp: [u8; 14] = read(ctx, packet.at)?;
+    if tcp[13] & (TCP_SYN | TCP_ACK) != TCP_SYN {
         return None;
     }
-    let listener = PORTS.get_ptr_mut(u32::from(port))?;
+    let listener = PORTS.get_ptr_mut(u32::from(u16::from_be_bytes([tcp[2], tcp[3]])))?;
     let client = packet.source.cut(settings.mask_v4, settings.mask_v6);
     // SAFETY: the helper has no preconditions.
     let now_ns = unsafe { bpf_ktime_get_ns() };
@@ -97,7 +97,7 @@ fn judge(ctx: &XdpContext) -> Option<bool> {
         // SAFETY: a live value of the map; only the address is taken.
         add(unsafe { &raw mut (*block).would_drop }, 1);
         count!(xdp_would_drop);
-        return Some(false);
+        return None;
     }
     // SAFETY: as above.
     unsafe {
@@ -129,9 +129,7 @@ fn packet(ctx: &XdpContext) -> Option<Packet> {
 
 #[inline(always)]
 fn ipv4(ctx: &XdpContext, at: usize) -> Option<Packet> {
-    let head: *const [u8; 20] = read(ctx, at)?;
-    // SAFETY: within the packet, as `read` has checked.
-    let head = unsafe { &*head };
+    let head: [u8; 20] = read(ctx, at)?;
     let words = head[0] & 0x0f;
     let fragment = u16::from_be_bytes([head[6], head[7]]) & IPV4_OFFSET_MASK;
     if head[0] >> 4 != 4 || words < 5 || fragment != 0 {
@@ -148,16 +146,10 @@ fn ipv4(ctx: &XdpContext, at: usize) -> Option<Packet> {
 
 #[inline(always)]
 fn ipv6(ctx: &XdpContext, at: usize) -> Option<Packet> {
-    let head: *const [u8; 40] = read(ctx, at)?;
-    // SAFETY: within the packet, as `read` has checked; the addresses are 16 bytes each.
-    let (version, next, source, target) = unsafe {
-        (
-            (*head)[0] >> 4,
-            (*head)[6],
-            (&raw const (*head)[8]).cast::<u128>().read_unaligned(),
-            (&raw const (*head)[24]).cast::<u128>().read_unaligned(),
-        )
-    };
+    let head: [u8; 8] = read(ctx, at)?;
+    let source: [u8; 16] = read(ctx, at + 8)?;
+    let target: [u8; 16] = read(ctx, at + 24)?;
+    let (version, next) = (head[0] >> 4, head[6]);
     if version != 6 {
         return None;
     }
@@ -166,11 +158,9 @@ fn ipv6(ctx: &XdpContext, at: usize) -> Option<Packet> {
         if protocol == TCP {
             break;
         }
-        let extension: *const [u8; 8] = read(ctx, at)?;
-        // SAFETY: as above.
-        let (next, length, offset) = unsafe {
-            ((*extension)[0], (*extension)[1], u16::from_be_bytes([(*extension)[2], (*extension)[3]]))
-        };
+        let extension: [u8; 4] = read(ctx, at)?;
+        let [next, length, ..] = extension;
+        let offset = u16::from_be_bytes([extension[2], extension[3]]);
         at += match protocol {
             HOP_BY_HOP | ROUTING | OPTIONS => 8 * (1 + usize::from(length)),
             FRAGMENT if offset & IPV6_OFFSET_MASK == 0 => 8,
@@ -180,8 +170,8 @@ fn ipv6(ctx: &XdpContext, at: usize) -> Option<Packet> {
     }
     Some(Packet {
         family: AF_INET6,
-        source: ClientKey::v6(source.to_ne_bytes()),
-        target: ClientKey::v6(target.to_ne_bytes()),
+        source: ClientKey::v6(source),
+        target: ClientKey::v6(target),
         protocol,
         at,
     })
@@ -196,16 +186,26 @@ fn is_forwarded(ctx: &XdpContext, settings: &Settings, packet: &Packet) -> bool 
     // SAFETY: a read of a context field.
     let interface = unsafe { (*ctx.ctx).ingress_ifindex };
     let (source, target) = (words(&packet.source), words(&packet.target));
+    // An IPv4 address stands in the first four bytes of its 16.
+    let is_v4 = packet.family == AF_INET;
+    let [source_0, source_1] = if is_v4 { [source[1] >> 32, 0] } else { source };
+    let [target_0, target_1] = if is_v4 { [target[1] >> 32, 0] } else { target };
     // struct bpf_fib_lookup as words: the family, the interface, the addresses; the rest is for answers. Both architectures
     // that are served are little-endian, and so is the object's target.
-    let mut question = match packet.family {
-        AF_INET => [AF_INET, u64::from(interface), source[1] >> 32, 0, target[1] >> 32, 0, 0, 0],
-        _ => [AF_INET6, u64::from(interface), source[0], source[1], target[0], target[1], 0, 0],
-    };
-    // SAFETY: the helper takes the context and 64 bytes, which it may write.
+    let mut question = MaybeUninit::<[u64; 8]>::uninit();
+    let words: *mut u64 = question.as_mut_ptr().cast();
+    // SAFETY: eight words within eight. One by one and volatile: a zeroed array would be a loop over a stack pointer. The helper
+    // takes the context and 64 bytes, which it may write.
     let answer = unsafe {
-        let to = (&raw mut question).cast();
-        bpf_fib_lookup(ctx.as_ptr(), to, size_of_val(&question) as i32, 0)
+        words.write_volatile(packet.family);
+        words.add(1).write_volatile(u64::from(interface));
+        words.add(2).write_volatile(source_0);
+        words.add(3).write_volatile(source_1);
+        words.add(4).write_volatile(target_0);
+        words.add(5).write_volatile(target_1);
+        words.add(6).write_volatile(0);
+        words.add(7).write_volatile(0);
+        bpf_fib_lookup(ctx.as_ptr(), words.cast(), size_of::<[u64; 8]>() as i32, 0)
     };
     matches!(answer, FIB_FORWARDED | FIB_NO_NEIGHBOUR | FIB_FRAGMENTATION_NEEDED)
 }
@@ -221,14 +221,17 @@ fn words(key: &ClientKey) -> [u64; 2] {
 
 #[inline(always)]
 fn read_u16(ctx: &XdpContext, at: usize) -> Option<u16> {
-    let bytes: *const [u8; 2] = read(ctx, at)?;
-    // SAFETY: within the packet, as `read` has checked.
-    Some(u16::from_be_bytes(unsafe { *bytes }))
+    read(ctx, at).map(u16::from_be_bytes)
 }
 
-/// A place in the packet, when all of it is there.
+/// Bytes of the packet, when all of them are there. By the helper (5.18) and not by a pointer: pointers into packets may be
+/// moved by what is read from them only with CAP_PERFMON.
 #[inline(always)]
-fn read<T>(ctx: &XdpContext, at: usize) -> Option<*const T> {
-    let start = ctx.data() + at;
-    (start + size_of::<T>() <= ctx.data_end()).then_some(start as *const T)
+fn read<const N: usize>(ctx: &XdpContext, at: usize) -> Option<[u8; N]> {
+    let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+    // SAFETY: the helper writes N bytes to a buffer of N bytes, or fails.
+    unsafe {
+        let failed = bpf_xdp_load_bytes(ctx.ctx, at as u32, bytes.as_mut_ptr().cast(), N as u32);
+        (failed == 0).then(|| bytes.assume_init())
+    }
 }

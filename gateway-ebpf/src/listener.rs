@@ -21,11 +21,11 @@ use aya_ebpf::{
     programs::SkReuseportContext,
 };
 use aya_log_ebpf::info;
-use gateway_common::{Block, CORES_MAX, Client, ClientKey, LOG_PAUSE_NS, Settings, overloaded};
+use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, Settings, overloaded};
 
 use crate::{
     judge::{block_of, entry_of, is_exempt, over_half_open, over_open, over_rate},
-    maps::{CPU_CORES, GROUPS, LOADS, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
+    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
 };
 
 /// EtherTypes (include/uapi/linux/if_ether.h) and where the source address stands (RFC 791, RFC 8200).
@@ -150,14 +150,14 @@ fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port
         return false;
     }
     // Refusal before work: this is the cheapest moment there is, no memory is held for the client yet.
-    book(block, entry, port, why);
+    book(block, &client, port, why);
     tell(ctx, &client, block, why, now_ns);
     true
 }
 
 /// Counts a refused attempt: in all, for the port, for the block and for the client.
 #[inline(always)]
-fn book(block: *mut Block, entry: *mut Client, port: u32, why: Why) {
+fn book(block: *mut Block, client: &ClientKey, port: u32, why: Why) {
     match why {
         Why::Blocked => count!(dropped),
         Why::Rate => count!(over_rate),
@@ -168,7 +168,7 @@ fn book(block: *mut Block, entry: *mut Client, port: u32, why: Why) {
         // SAFETY: a live value of the map; only the address is taken.
         add(unsafe { &raw mut (*block).dropped }, 1);
     }
-    if !entry.is_null() {
+    if let Some(entry) = CLIENTS.get_ptr_mut(client) {
         // SAFETY: as above.
         add(unsafe { &raw mut (*entry).refused }, 1);
     }

@@ -4,38 +4,52 @@
 //! meet each other nor the host. It needs root, BPF, cgroup2 and `unshare`, `ip`, `setpriv`; without them it prints
 //! `skipped: <reason>` and passes, unless `GATEWAY_KERNEL_TESTS=required` is set.
 
-#[path = "support/skip.rs"]
-mod skip;
-#[path = "kernel/support.rs"]
-mod support;
-
-use std::{
-    io::{Read, Write},
-    net::{IpAddr, TcpListener, TcpStream},
-    os::fd::AsFd,
-    time::{Duration, Instant},
-};
-
-use gateway::{config::schema, kernel::BlockError};
-use gateway_common::{LOAD_SLACK, overloaded};
-use support::{
-    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, guarded_with, in_isolation, ip, load, net, place_everything,
-    refused, until,
-};
-
 /// Declares tests that run isolated, with a bounding set of capabilities (of `setpriv`; empty: all that there are).
 macro_rules! isolated {
     ($($name:ident($caps:literal) $body:block)*) => {$(
         #[test]
         fn $name() {
-            if std::env::var(INNER).as_deref() == Ok(stringify!($name)) {
+            // As the test runner names it: without the crate.
+            let path = concat!(module_path!(), "::", stringify!($name));
+            let path = path.split_once("::").map_or(path, |(_, path)| path);
+            if std::env::var(crate::support::INNER).as_deref() == Ok(path) {
                 $body
             } else {
-                in_isolation(stringify!($name), $caps);
+                crate::support::in_isolation(path, $caps);
             }
         }
     )*};
 }
+
+#[path = "kernel/accounting.rs"]
+mod accounting;
+#[path = "kernel/bounds.rs"]
+mod bounds;
+#[path = "kernel/driver.rs"]
+mod driver;
+#[path = "kernel/networks.rs"]
+mod networks;
+#[path = "kernel/pins.rs"]
+mod pins;
+#[path = "support/skip.rs"]
+mod skip;
+#[path = "kernel/steering.rs"]
+mod steering;
+#[path = "kernel/support.rs"]
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, TcpListener},
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
+
+use gateway::{config::schema, kernel::BlockError};
+use support::{
+    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, guarded_with, in_isolation, ip, load, net,
+    place_everything, refused, until,
+};
 
 isolated! {
     a_blocked_client_is_refused_and_others_are_served("") {
@@ -157,36 +171,6 @@ isolated! {
         assert!(kernel.blocked().is_empty());
     }
 
-    every_packet_of_a_cpu_goes_to_its_core("") {
-        let (mut kernel, group) = guarded();
-        for core in [0, 1, 0] {
-            place_everything(&mut kernel, core);
-            // Fewer than a core may have more than the other.
-            for _ in 0..LOAD_SLACK / 2 {
-                assert_eq!(group.core_of("127.0.0.8"), core);
-            }
-        }
-        let stats = kernel.stats();
-        assert_eq!((stats.steered, stats.steered_away, stats.fallback), (3 * LOAD_SLACK / 2, 0, 0));
-    }
-
-    an_overloaded_core_gives_away_just_enough("") {
-        let (mut kernel, group) = guarded();
-        place_everything(&mut kernel, 0);
-        let own = LOAD_SLACK + 68;
-        kernel.publish_loads([(0, own as u32)]);
-        kernel.publish_loads([(1, 0)]);
-        let moved = (0..).find(|least| !overloaded(own, *least)).expect("an end");
-        assert!(moved > 20);
-        for _ in 0..moved {
-            assert_eq!(group.core_of("127.0.0.8"), 1);
-        }
-        assert_eq!(group.core_of("127.0.0.8"), 0, "what was steered counts at once");
-        assert_eq!(kernel.stats().steered_away, moved);
-        kernel.publish_loads([(0, own as u32), (1, own as u32)]);
-        assert_eq!(group.core_of("127.0.0.8"), 0);
-    }
-
     two_groups_are_told_apart("") {
         let (mut kernel, first) = guarded();
         let second = Group::new("127.0.0.1:0", 2);
@@ -237,60 +221,6 @@ isolated! {
         let off = kernel.guard(&[plain.as_fd()]).expect_err("no SO_REUSEPORT");
         assert!(off.reason.contains("listeners"), "{off}");
         assert!(kernel.guard(&[]).is_err());
-    }
-
-    accounting_is_exact("") {
-        let (kernel, group) = guarded();
-        const CONNECTIONS: usize = 50;
-        const REQUEST: usize = 1000;
-        const ANSWER: usize = 70_000;
-        for index in 0..CONNECTIONS {
-            let mut client = connect("127.0.0.8", group.port()).expect("a connection");
-            let (_, mut server) = group.accept();
-            client.write_all(&[1; REQUEST]).expect("sent");
-            server.read_exact(&mut [0; REQUEST]).expect("received");
-            let writer = std::thread::spawn(move || {
-                server.write_all(&[2; ANSWER]).expect("sent");
-                server
-            });
-            client.read_exact(&mut [0; ANSWER]).expect("received");
-            let server = writer.join().expect("the writer");
-            // Both ways to end must count the same, though the FINs are seen in different states.
-            let (first, second) = if index % 2 == 0 { (client, server) } else { (server, client) };
-            drop(first);
-            assert_eq!(second.peek(&mut [0]).expect("a FIN"), 0);
-            drop(second);
-        }
-        // What comes in on other ports does not count.
-        let other = TcpListener::bind("127.0.0.1:0").expect("a listener");
-        let _other = TcpStream::connect(other.local_addr().expect("an address")).expect("a connection");
-        until("all connections have ended", || kernel.stats().closed == CONNECTIONS as u64);
-        let stats = kernel.stats();
-        assert_eq!(stats.opened, CONNECTIONS as u64);
-        assert_eq!(stats.bytes_in, (CONNECTIONS * REQUEST) as u64);
-        assert_eq!(stats.bytes_out, (CONNECTIONS * ANSWER) as u64);
-        assert_eq!(stats.untracked, 0);
-        let clients = kernel.clients(10);
-        assert_eq!(clients.len(), 1);
-        let client = clients[0];
-        assert_eq!((client.client, client.opened, client.closed), (ip("127.0.0.8"), stats.opened, stats.closed));
-        assert_eq!((client.bytes_in, client.bytes_out), (stats.bytes_in, stats.bytes_out));
-        assert!(client.srtt > Duration::ZERO && client.srtt < PATIENCE, "{:?}", client.srtt);
-    }
-
-    open_connections_and_aborted_ones_are_counted("") {
-        let (kernel, group) = guarded();
-        let aborted = connect("127.0.0.9", group.port()).expect("a connection");
-        let kept = connect("127.0.0.8", group.port()).expect("a connection");
-        let servers = [group.accept(), group.accept()];
-        assert_eq!((kernel.stats().opened, kernel.stats().closed), (2, 0));
-        socket2::SockRef::from(&aborted).set_linger(Some(Duration::ZERO)).expect("a reset at close");
-        drop(aborted);
-        until("the reset connection is closed", || kernel.stats().closed == 1);
-        let clients = kernel.clients(1);
-        assert_eq!((clients[0].client, clients[0].opened, clients[0].closed), (ip("127.0.0.8"), 1, 0));
-        assert_eq!(kernel.clients(10).len(), 2);
-        drop((kept, servers));
     }
 
     two_gateways_share_a_cgroup("") {

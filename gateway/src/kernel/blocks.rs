@@ -193,7 +193,8 @@ impl Blocks {
     }
 }
 
-fn is_absent(error: &MapError) -> bool {
+/// Whether a key was not there.
+pub fn is_absent(error: &MapError) -> bool {
     match error {
         MapError::KeyNotFound => true,
         MapError::SyscallError(error) => error.io_error.raw_os_error() == Some(libc::ENOENT),

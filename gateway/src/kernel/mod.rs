@@ -327,6 +327,18 @@ impl Kernel {
         clients
     }
 
+    /// Forgets what was counted of a client, as when its entry is evicted for others; the totals stay.
+    ///
+    /// # Errors
+    /// The kernel refused; a client of which nothing is known is no error.
+    pub fn forget(&mut self, client: IpAddr) -> Result<(), Off> {
+        let prefixes = locked(&self.blocks).policy().prefixes();
+        match self.clients.remove(&ClientKey::of(client, prefixes)) {
+            Err(error) if !blocks::is_absent(&error) => Err(Off::failed("forgetting a client", &error)),
+            _ => Ok(()),
+        }
+    }
+
     /// Tells the steering how many streams cores have open. Call it a few times a second; in between, the program counts what
     /// it steers. Costs no system call. A core beyond the plan's is ignored.
     pub fn publish_loads(&self, open_streams: impl IntoIterator<Item = (usize, u32)>) {
