@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
-    schema::{Admin, Driver, Drop, Http, Kernel, KernelMode, Ledger, Log, LogFormat, Timeouts, Workers},
+    schema::{Admin, Driver, Http, Ledger, Log, LogFormat, Timeouts, Workers},
     units::{Bytes, Span},
 };
 
@@ -37,11 +37,6 @@ const BODY_TIMEOUT: Span = Span::secs(30);
 /// Longer than the 60 s of common load balancers, so that they close first.
 const IDLE_TIMEOUT: Span = Span::secs(75);
 const WRITE_TIMEOUT: Span = Span::secs(60);
-
-/// A client that heeds `Retry-After` never comes to this.
-const AFTER_REFUSALS: u32 = 20;
-const WITHIN: Span = Span::secs(10);
-const HOLD: Span = Span::secs(30);
 
 /// The state directory of the systemd unit.
 const LEDGER_PATH: &str = "/var/lib/gateway";
@@ -115,28 +110,6 @@ impl Default for Http {
             body_timeout: BODY_TIMEOUT,
             idle_timeout: IDLE_TIMEOUT,
             write_timeout: WRITE_TIMEOUT,
-        }
-    }
-}
-
-impl Default for Kernel {
-    fn default() -> Self {
-        Kernel {
-            mode: KernelMode::Auto,
-            steering: true,
-            drop: Drop::default(),
-            cgroup: None,
-        }
-    }
-}
-
-impl Default for Drop {
-    fn default() -> Self {
-        Drop {
-            after_refusals: AFTER_REFUSALS,
-            within: WITHIN,
-            hold: HOLD,
-            exempt: Vec::new(),
         }
     }
 }
