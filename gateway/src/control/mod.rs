@@ -5,6 +5,7 @@
 
 mod listen;
 mod plane;
+pub mod store;
 
 pub mod admin;
 pub mod notify;
