@@ -16,6 +16,10 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+mod admin;
+
+pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
+
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -138,18 +142,6 @@ pub struct Certificate {
     pub certificate: PathBuf,
     /// File with the private key (PKCS #8, PKCS #1 or SEC 1), not encrypted.
     pub key: PathBuf,
-}
-
-/// The operator's door.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Admin {
-    /// IP address and port. It speaks plain HTTP: keep it on the loopback or a trusted network.
-    #[schemars(with = "Address")]
-    pub address: SocketAddr,
-    /// What administrators must present as `Authorization: Bearer`. Absent: one is generated into
-    /// `admin.token` under `ledger.path`, mode 0600.
-    pub token: Option<Secret>,
 }
 
 /// Which API a provider speaks.

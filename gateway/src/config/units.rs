@@ -182,7 +182,7 @@ pub fn parse_bytes(text: &str) -> Result<Bytes, String> {
 }
 
 /// An IP address with a port; only its JSON Schema is here.
-pub(super) struct Address;
+pub(crate) struct Address;
 
 /// An IP network; only its JSON Schema is here.
 pub(crate) struct Network;

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{BoxFuture, Plane};
 use crate::{
-    control::plane::State,
+    control::{access::Directory, plane::State},
     ledger::Counters,
     net::clock,
     telemetry::{
@@ -138,6 +138,10 @@ impl Plane for State {
 
     fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
         State::kernel_unblock(self, client)
+    }
+
+    fn directory(&self) -> &Directory {
+        State::directory(self)
     }
 }
 

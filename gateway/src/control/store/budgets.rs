@@ -158,7 +158,11 @@ impl Db {
         new: &NewTopUp,
         actor: &Actor,
     ) -> Result<(Standing, bool), Failure> {
-        let (_, credit) = self.budget(scope, name)?;
+        let (row, credit) = self.budget(scope, name)?;
+        if row.doc.nano_usd.is_some() {
+            let message = "the budget has dollars a period; prepaid credit is for one without `usd`";
+            return Err(Failure::conflict(message));
+        }
         let budget = Budget::id_of(scope, name);
         let nano_usd = signed_amount(&new.usd)?;
         if new.reference.is_empty()

@@ -320,13 +320,13 @@ impl Db {
     fn write(&mut self, kind: Kind, id: &str, doc: Option<&str>, stamp: &Stamp) -> Result<(), Failure> {
         let (name, group) = self.note(kind, id, doc)?;
         let version = self.next_version()?;
-        let mut statement = self.connection.prepare_cached(
+        let mut put = self.connection.prepare_cached(
             "INSERT INTO document (kind, id, name, grp, doc, changed_ms, host, version)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
              ON CONFLICT (kind, id) DO UPDATE SET name = excluded.name, grp = excluded.grp, doc = excluded.doc,
              changed_ms = excluded.changed_ms, host = excluded.host, version = excluded.version",
         )?;
-        statement.execute(params![
+        put.execute(params![
             kind as i64,
             id,
             name,
@@ -336,6 +336,20 @@ impl Db {
             stamp.host,
             version
         ])?;
+        drop(put);
+        match kind {
+            Kind::Budget => self.note_budget(id),
+            Kind::TopUp => self.note_budget(id.split('\n').next().unwrap_or_default()),
+            Kind::Key | Kind::Team => Ok(()),
+        }
+    }
+
+    /// Remembers how a budget and its credit stand now, for the data plane.
+    fn note_budget(&mut self, id: &str) -> Result<(), Failure> {
+        let new = self.get(id)?.map(|row| row.doc);
+        let credit = self.credit(id)?;
+        let id = id.to_owned();
+        self.changed.push(Changed::Budget { id, new, credit });
         Ok(())
     }
 
@@ -367,20 +381,8 @@ impl Db {
                 self.changed.push(Changed::Team { old, new });
                 found
             }
-            Kind::Budget => {
-                let (old, new) = both(self, id, doc)?;
-                let found = labels(new.as_ref());
-                self.changed.push(Changed::Budget { old, new });
-                found
-            }
-            Kind::TopUp => {
-                let (old, new) = both::<super::TopUp>(self, id, doc)?;
-                let found = labels(new.as_ref());
-                if let (None, Some(new)) = (old, new) {
-                    self.changed.push(Changed::TopUp { new });
-                }
-                found
-            }
+            Kind::Budget => labels(both::<super::Budget>(self, id, doc)?.1.as_ref()),
+            Kind::TopUp => labels(both::<super::TopUp>(self, id, doc)?.1.as_ref()),
         };
         Ok(labels)
     }

@@ -230,7 +230,8 @@ impl Doc for Budget {
 impl Doc for TopUp {
     const KIND: Kind = Kind::TopUp;
     fn id(&self) -> String {
-        format!("{}#{}", self.budget, self.reference)
+        // Neither part has a control character.
+        format!("{}\n{}", self.budget, self.reference)
     }
     fn name(&self) -> &str {
         &self.reference
@@ -273,11 +274,10 @@ pub enum Changed {
         old: Option<Team>,
         new: Option<Team>,
     },
+    /// A budget or its credit, nano-dollars.
     Budget {
-        old: Option<Budget>,
+        id: String,
         new: Option<Budget>,
-    },
-    TopUp {
-        new: TopUp,
+        credit: i64,
     },
 }
