@@ -246,7 +246,7 @@ pub struct Team {
     pub name: String,
 }
 
-/// A virtual key. `gateway keys create` makes one and prints its line.
+/// A virtual key. `gateway keys create --offline` makes one and prints its line.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Key {
