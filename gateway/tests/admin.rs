@@ -102,10 +102,11 @@ fn a_key_lives_from_the_command_line_to_its_end() {
     let setup = setup(fleet.url());
     let config = setup.workers(3, "auto").config();
     let gateway = Gateway::start(&config);
-    let mut open: Vec<Client> = (0..CONNECTIONS)
-        .map(|_| Client::connect(gateway.addr()))
-        .collect();
-    let mut on_all_cores = |secret: &str, status: u16| {
+    let on_all_cores = |secret: &str, status: u16| {
+        // A refusal closes its connection, so each try has new ones.
+        let mut open: Vec<Client> = (0..CONNECTIONS)
+            .map(|_| Client::connect(gateway.addr()))
+            .collect();
         open.iter_mut()
             .for_each(|client| request(client, secret, "fast", false));
         for client in &mut open {

@@ -111,7 +111,7 @@ impl Operation {
             parameters.push(json!({
                 "name": "If-Match", "in": "header", "required": false,
                 "description": "The `ETag` of the version that is to be changed; another is refused with 412.",
-                "schema": { "type": "string" },
+                "schema": { "type": "string", "pattern": "^(\\*|\"[0-9]{1,19}\")$" },
             }));
         }
         let mut responses = Map::new();
