@@ -3,6 +3,11 @@
 //! The comments are the descriptions in the JSON Schema that `gateway schema` prints, so they
 //! speak to the person who writes the file. Defaults stand in [`super::defaults`].
 
+mod ledger;
+pub mod prices;
+
+pub use ledger::*;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use ipnet::IpNet;
@@ -53,6 +58,13 @@ pub struct Config {
     /// The books: one record for every accepted request.
     #[serde(default)]
     pub ledger: Ledger,
+    /// The operator's own prices; the first entry that fits a request counts, and goes before the built-in list.
+    #[serde(default)]
+    #[schemars(length(max = prices::ENTRIES_MAX))]
+    pub prices: Vec<prices::Entry>,
+    /// Whether models that no entry of `prices` fits have the list prices that are built in (`gateway prices`).
+    #[serde(default = "defaults::yes")]
+    pub builtin_prices: bool,
     /// The program's own log and the access log.
     #[serde(default)]
     pub log: Log,
@@ -177,6 +189,13 @@ pub struct Provider {
     /// PEM file with the certificate authorities to trust instead of the system's.
     #[serde(default)]
     pub ca: Option<PathBuf>,
+    /// Whose list prices its models have: `openai`, `anthropic`, `azure`, … (`gateway prices --vendors`). Absent: told by the
+    /// host of its first endpoint, else by its name.
+    #[serde(default)]
+    pub prices: Option<String>,
+    /// What becomes of a running answer when its client hangs up.
+    #[serde(default)]
+    pub on_disconnect: OnDisconnect,
 }
 
 /// A model as clients name it.
@@ -406,18 +425,6 @@ pub struct Drop {
     /// Networks that are never dropped, for example proxies and NATs with many users behind one address.
     #[schemars(with = "Vec<Network>")]
     pub exempt: Vec<IpNet>,
-}
-
-/// The books.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Ledger {
-    /// State directory: journal, rollup, generated admin token.
-    pub path: PathBuf,
-    /// How often the journal is forced to disk, 1ms to 1m: what a power cut can take.
-    pub sync: Span,
-    /// Journal segments to keep for export after they are summed up; 0 keeps none.
-    pub keep: Bytes,
 }
 
 /// The program's own log and the access log.

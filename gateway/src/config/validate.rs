@@ -1,6 +1,7 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod prices;
 mod runtime;
 mod upstream;
 
@@ -30,6 +31,7 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     runtime::http(config, report);
     runtime::kernel(config, report);
     runtime::ledger(config, report);
+    prices::check(config, report);
     runtime::log(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);
 }

@@ -358,6 +358,10 @@ mod tests {
         cached: 0,
         completion: 2,
         reasoning: 0,
+        cache_write_5m: 0,
+        cache_write_1h: 0,
+        tier: crate::dialect::Tier::Default,
+        clamped: false,
     };
 
     /// What a client receives when the stream comes in the given pieces.

@@ -1,6 +1,10 @@
 //! The configuration as the hot path wants it: looked up by hash, names resolved, bytes ready to send.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context;
 use sha2::{Digest, Sha256};
@@ -10,7 +14,9 @@ use crate::{
         self,
         schema::{self, Balance, Config},
     },
+    dialect::Tier,
     fleet::{Endpoints, Provider, Target},
+    ledger::prices::{self, Book},
     quota::{Table, policy::Bound, refusals::Rule},
 };
 
@@ -87,8 +93,9 @@ impl Snapshot {
             );
         }
         let mut models = HashMap::new();
+        let book = Book::new(config);
         for model in &config.models {
-            let compiled = compile_model(model, &providers)?;
+            let compiled = compile_model(model, &config.providers, &providers, &book)?;
             models.insert(model.name.clone().into_boxed_str(), Arc::new(compiled));
         }
         let mut keys = HashMap::new();
@@ -143,6 +150,15 @@ impl Snapshot {
     }
 }
 
+impl Model {
+    /// The most that a request can cost, nano-dollars, whichever of the model's targets serves it: for reservations.
+    /// Targets whose price nobody knows are left out; `None` where no price is known.
+    pub fn cost_max(&self, input: u64, output: u64, tier: Tier, unix_ms: u64) -> Option<u64> {
+        let prices = self.targets.iter().filter_map(|target| target.tariff.at(unix_ms));
+        prices.map(|price| price.cost_max(input, output, tier)).max()
+    }
+}
+
 impl Key {
     /// Whether the key may use a model.
     pub fn may_use(&self, model: &str) -> bool {
@@ -152,19 +168,28 @@ impl Key {
     }
 }
 
-fn compile_model(model: &schema::Model, providers: &HashMap<&str, Arc<Provider>>) -> anyhow::Result<Model> {
+fn compile_model(
+    model: &schema::Model,
+    schemas: &BTreeMap<String, schema::Provider>,
+    providers: &HashMap<&str, Arc<Provider>>,
+    book: &Book,
+) -> anyhow::Result<Model> {
     let mut targets = Vec::with_capacity(model.targets.len());
     for target in &model.targets {
         let provider = providers
             .get(target.provider.as_str())
             .with_context(|| format!("model {}: unknown provider {}", model.name, target.provider))?;
         let name = target.model.as_deref().unwrap_or(&model.name);
+        let vendor = schemas
+            .get(&target.provider)
+            .and_then(|schema| prices::vendor(&target.provider, schema));
         targets.push(Target {
             provider: provider.clone(),
             model: name.into(),
             model_json: serde_json::to_vec(name)?,
             weight: target.weight,
             priority: target.priority,
+            tariff: book.tariff(&target.provider, vendor.as_deref(), name),
         });
     }
     Ok(Model {
