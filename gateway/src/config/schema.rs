@@ -21,6 +21,9 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+mod limits;
+pub use limits::*;
+
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -40,12 +43,24 @@ pub struct Config {
     /// Groups of keys that limits can name.
     #[serde(default)]
     pub teams: Vec<Team>,
+    /// Groups of teams.
+    #[serde(default)]
+    pub organizations: Vec<Organization>,
     /// The virtual keys of clients, as hashes.
     #[serde(default)]
     pub keys: Vec<Key>,
     /// How much may be used per window. A request must fit into every limit that matches it.
     #[serde(default)]
     pub limits: Vec<Limit>,
+    /// What the whole gateway may spend.
+    #[serde(default)]
+    pub budget: Option<Budget>,
+    /// Who is told when a budget's alert is due.
+    #[serde(default)]
+    pub alerts: Alerts,
+    /// Where levels of limits are kept.
+    #[serde(default)]
+    pub limit_state: LimitState,
     /// The data-plane threads.
     #[serde(default)]
     pub workers: Workers,
@@ -264,15 +279,6 @@ pub struct Timeouts {
     pub total: Span,
 }
 
-/// A group of keys.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Team {
-    /// Unique name; at most 128 bytes.
-    #[schemars(length(min = 1, max = NAME_BYTES_MAX))]
-    pub name: String,
-}
-
 /// A virtual key. `gateway keys create` makes one and prints its line.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -289,49 +295,9 @@ pub struct Key {
     /// Names of the models that the key may use. Absent: all.
     #[serde(default)]
     pub models: Option<Vec<String>>,
-}
-
-/// How much may be used in a window of time. It has `requests`, `tokens` or both.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Limit {
-    /// Which requests it counts. Absent: all.
-    #[serde(default, rename = "match")]
-    pub matches: Match,
-    /// Who has an own count.
+    /// What the key may spend.
     #[serde(default)]
-    pub per: Per,
-    /// Requests a window, 1 to 10^15.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = LIMIT_MAX))]
-    pub requests: Option<u64>,
-    /// Tokens a window, prompt and output together, 1 to 10^15.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = LIMIT_MAX))]
-    pub tokens: Option<u64>,
-    /// Length of the window, 1s to 1mo.
-    pub every: Span,
-}
-
-/// Which requests a limit counts: those for which all that is given is so.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Match {
-    /// Name of an entry of `keys`.
-    pub key: Option<String>,
-    /// Name of an entry of `teams`.
-    pub team: Option<String>,
-    /// Name of an entry of `models`.
-    pub model: Option<String>,
-}
-
-/// Who has an own count in a limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Per {
-    /// Every key.
-    #[default]
-    Key,
+    pub budget: Option<Budget>,
 }
 
 /// The data-plane threads.

@@ -5,6 +5,7 @@
 
 mod listen;
 mod plane;
+pub mod quota;
 
 pub mod admin;
 pub mod notify;
@@ -98,6 +99,7 @@ impl Gateway {
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
+        registry.quota = Arc::new(quota::open(&config)?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
         let listeners = listen::open(&config, cores)?;

@@ -12,7 +12,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{listen::SharedTls, notify};
+use super::{listen::SharedTls, notify, quota::Alerts};
 use crate::{
     config::{
         self, Config,
@@ -48,6 +48,7 @@ pub struct State {
     started: Instant,
     ledger: Arc<Ledger>,
     log: AccessLog,
+    alerts: Alerts,
     resolver: Resolver,
     ticks: AtomicU64,
     /// Blocked clients, as last counted.
@@ -82,6 +83,7 @@ impl State {
         tls: Vec<SharedTls>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
+        let alerts = Alerts::start(&config.alerts)?;
         resolver.watch(&registry.endpoints.named());
         Ok(State {
             shared,
@@ -90,6 +92,7 @@ impl State {
             started: Instant::now(),
             ledger,
             log,
+            alerts,
             resolver,
             ticks: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
@@ -114,6 +117,7 @@ impl State {
 
     /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
     pub fn tick(&self) {
+        self.alerts.tick(&self.shared.snapshot.load().quota);
         let kernel = self.kernel().ok();
         for _ in 0..OFFENDERS_PER_TICK {
             let Some(client) = self.shared.refusals.next_offender() else {
@@ -216,7 +220,6 @@ impl State {
         }
         self.follow(&config);
         inner.config = config;
-        inner.registry.limits.sweep();
         inner.registry.endpoints.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
@@ -259,6 +262,7 @@ impl State {
         if let Err(error) = self.log.reopen(&Destination::parse(&config.log.access)) {
             tracing::warn!(%error, "the access log stays where it was");
         }
+        self.alerts.follow(&config.alerts);
     }
 
     /// The gateway's state, for `gateway status`.
@@ -281,7 +285,9 @@ impl State {
             "streams_open": totals.streams_open(),
             "requests": totals.requests,
             "refused": totals.refused_total(),
-            "ledger": self.ledger.status(),
+        "ledger": self.ledger.status(),
+            "limits": super::quota::status(&snapshot.quota),
+            "alerts": self.alerts.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
             "kernel": self.kernel_brief(),
             "degraded": self.degraded(&inner.config),
         })
@@ -436,6 +442,10 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         (ledger.path.clone(), ledger.sync, ledger.keep)
     };
     note(ledger(before) != ledger(after), "ledger");
+    note(
+        before.limit_state.levels != after.limit_state.levels,
+        "limit_state.levels",
+    );
     note(before.log.format != after.log.format, "log.format");
     let off = |config: &Config| config.kernel.mode == KernelMode::Off;
     note(
