@@ -152,11 +152,12 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         path: Some(api.path()),
     };
     let fields = upstream::forwarded(&client.head, &client.inbuf);
+    let noted = Noted::of(client, request);
     let body = receive_body(client, core, request).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     request.known.borrow_mut().model = Some(model.name.clone());
-    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
+    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body, &noted)?;
     let order = Order {
         id: request.id,
         api,
@@ -318,6 +319,7 @@ fn admit(
     model: &Arc<Model>,
     call: &Call<'_>,
     body: &Body,
+    noted: &Noted,
 ) -> Result<(Account, Report), Refusal> {
     if !core.books_are_open() {
         core.telemetry.counters().ledger_full.inc();
@@ -346,11 +348,10 @@ fn admit(
         stream: call.stream,
         rates: model.rates(input, request.id.unix_ms()),
     };
-    let header = |name: &str| client.head.field(&client.inbuf, name);
-    let user = user_of(client, request, call);
+    let header = |name: &str| noted.header(name);
     let facts = Facts {
         ids: key.ids,
-        user: &user,
+        user: noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default(),
         model: &model.name,
         path: api.path(),
         client: client.ip,
@@ -375,12 +376,30 @@ fn admit(
     Ok((account, admission.report))
 }
 
-/// Who of the key's users asks: the configured header, or the body's `user`.
-fn user_of<'a>(client: &'a Client, request: &'a Request, call: &'a Call<'_>) -> Cow<'a, str> {
-    let name = request.snapshot.user_header.as_deref();
-    match name.and_then(|name| client.head.field(&client.inbuf, name)) {
-        Some(value) => String::from_utf8_lossy(value),
-        None => Cow::Borrowed(call.user.as_deref().unwrap_or_default()),
+/// Headers that limits look at, kept from before the body came: its receipt takes the head's room.
+#[derive(Default)]
+struct Noted {
+    user: Option<String>,
+    headers: Vec<(Box<str>, Box<[u8]>)>,
+}
+
+impl Noted {
+    fn of(client: &Client, request: &Request) -> Noted {
+        let snapshot = &request.snapshot;
+        let field = |name: &str| client.head.field(&client.inbuf, name);
+        let user = snapshot.user_header.as_deref().and_then(field);
+        let wanted = snapshot.policies.headers().iter();
+        Noted {
+            user: user.map(|value| String::from_utf8_lossy(value).into_owned()),
+            headers: wanted
+                .filter_map(|name| Some((name.clone(), field(name)?.into())))
+                .collect(),
+        }
+    }
+
+    fn header(&self, name: &str) -> Option<&[u8]> {
+        let found = self.headers.iter().find(|(noted, _)| **noted == *name);
+        found.map(|(_, value)| &**value)
     }
 }
 
