@@ -517,3 +517,20 @@ fn the_document_is_valid_by_a_validator_of_others() {
         String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{said}");
 }
+
+#[test]
+fn a_budget_is_in_force_at_once_and_over_a_restart() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let setup = setup(fleet.url());
+    let gateway = setup.start();
+    assert_eq!(status_with(&gateway, KEY), 200);
+    // Prepaid, and nothing paid: nothing may be spent.
+    assert_eq!(gateway.admin("PUT /v1/budgets/key/alice", "{}").status, 200);
+    assert_ne!(status_with(&gateway, KEY), 200);
+    let (_, other) = created(&gateway, "other");
+    assert_eq!(status_with(&gateway, &other), 200, "another key's budget");
+    let gateway = Gateway::start_in(gateway.kill(), &setup.config());
+    assert_ne!(status_with(&gateway, KEY), 200);
+    assert_eq!(gateway.admin("DELETE /v1/budgets/key/alice", "").status, 204);
+    assert_eq!(status_with(&gateway, KEY), 200);
+}

@@ -42,6 +42,9 @@ pub(super) fn fields(config: &mut Config) -> Vec<(Path, &mut Secret)> {
     for (index, token) in config.admin.tokens.iter_mut().enumerate() {
         fields.push((tokens.index(index).name("token"), &mut token.token));
     }
+    if let Some(token) = &mut config.alerts.token {
+        fields.push((root.name("alerts").name("token"), token));
+    }
     let providers = root.name("providers");
     for (name, provider) in &mut config.providers {
         if let Some(key) = &mut provider.key {

@@ -1,7 +1,6 @@
 //! From documents of the store to what the data plane looks up.
 
 use std::{
-    cell::RefCell,
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex, PoisonError},
 };
@@ -14,13 +13,14 @@ use super::{
     store::{self, Changed, Db, Follow, Running, Store},
 };
 use crate::{
-    config::{Config, key_hash, parse_sha256, schema},
+    config::{
+        Config, key_hash, parse_sha256, schema,
+        units::{Dollars, parse_span},
+    },
     core::Shared,
     net::clock,
-    serve::{
-        keys::{Key, Life, NEVER_MS},
-        snapshot::Registry,
-    },
+    quota::{Ids, Subject},
+    serve::keys::{Key, Life, NEVER_MS},
 };
 
 /// What the configuration file knows by name, for those who change something at run time.
@@ -169,19 +169,20 @@ impl Access {
         db.each_used(|name, unix_ms| {
             used.insert(name, unix_ms);
         })?;
-        let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let Inner { config, registry, .. } = &mut *inner;
+        let inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = &inner.config;
         let mut keys = Vec::new();
         db.each(|doc: store::Key| {
             let used_ms = used.get(&doc.name).copied().unwrap_or_default();
-            access.compile(
-                &doc,
-                &Arc::new(Life::used_at(used_ms)),
-                (config, registry),
-                &mut keys,
-            );
+            access.compile(&doc, &Arc::new(Life::used_at(used_ms)), config, &mut keys);
         })?;
         access.shared.keys.fill(keys.into_iter());
+        let mut budgets = Vec::new();
+        db.each(|budget: store::Budget| budgets.push(budget))?;
+        for budget in budgets {
+            let id = store::Budget::id_of(budget.scope, &budget.name);
+            access.follow_budget(&id, Some(&budget), db.credit(&id)?);
+        }
         Ok(access)
     }
 
@@ -194,9 +195,16 @@ impl Access {
         }
     }
 
-    fn organization(&self, doc: &store::Key) -> String {
-        let of_team = doc.team.as_ref().and_then(|team| self.organizations.get(team));
-        of_team.or(doc.organization.as_ref()).cloned().unwrap_or_default()
+    fn organization(&self, doc: &store::Key, config: &Config) -> String {
+        let Some(team) = &doc.team else {
+            return doc.organization.clone().unwrap_or_default();
+        };
+        let in_file = || {
+            let found = config.teams.iter().find(|other| other.name == *team);
+            found?.organization.clone()
+        };
+        let at_run_time = self.organizations.get(team).cloned();
+        at_run_time.or_else(in_file).unwrap_or_default()
     }
 
     /// Adds a key's secrets that may still be used, each with what the data plane wants to know.
@@ -204,14 +212,14 @@ impl Access {
         &mut self,
         doc: &store::Key,
         life: &Arc<Life>,
-        (config, registry): (&Config, &mut Registry),
+        config: &Config,
         into: &mut Vec<([u8; 32], Arc<Key>)>,
     ) {
         if doc.revoked.is_some() {
             return;
         }
         let now_ms = clock::unix_ms();
-        let organization = self.organization(doc);
+        let organization = self.organization(doc, config);
         for secret in &doc.secrets {
             let over = secret.until_ms.is_some_and(|until| until <= now_ms);
             let Some(hash) = parse_sha256(&secret.sha256).filter(|_| !over) else {
@@ -226,25 +234,34 @@ impl Access {
                 networks: self.common.networks(&doc.networks),
                 expires_unix_ms: ends.into_iter().flatten().min().unwrap_or(NEVER_MS),
                 disabled: doc.disabled,
-                limits: registry
-                    .limits
-                    .bounds(config, &as_in_file(&doc.name, doc.team.as_deref())),
+                ids: Ids::new(&doc.name, doc.team.as_deref().unwrap_or_default(), &organization),
                 life: life.clone(),
             };
             into.push((hash, Arc::new(key)));
         }
     }
 
+    fn follow_budget(&mut self, id: &str, new: Option<&store::Budget>, credit: i64) {
+        let Some(subject) = subject_of(id) else { return };
+        let quota = self.shared.snapshot.load().quota.clone();
+        match new {
+            Some(budget) => drop(quota.budgets.set(subject, &as_in_file(budget, credit))),
+            None => {
+                quota.budgets.remove(&subject);
+            }
+        }
+    }
+
     fn follow_key(&mut self, old: Option<&store::Key>, new: Option<&store::Key>) {
         let inner = self.inner.clone();
-        let mut inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
-        let Inner { config, registry, .. } = &mut *inner;
+        let inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = &inner.config;
         let before = hashes(old);
         let mut lives = before.iter().filter_map(|hash| self.shared.keys.get(hash));
         let life = lives.next().map(|key| key.life.clone()).unwrap_or_default();
         let mut fresh = Vec::new();
         if let Some(new) = new {
-            self.compile(new, &life, (config, registry), &mut fresh);
+            self.compile(new, &life, config, &mut fresh);
         }
         for (hash, key) in &fresh {
             self.shared.keys.set(*hash, key);
@@ -280,12 +297,9 @@ impl Access {
         }
         let fresh = self.common.text(&organization(new).unwrap_or_default());
         let _inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
-        self.shared.keys.renew(|key| {
-            (*key.team == *name).then(|| Key {
-                organization: fresh.clone(),
-                ..renewed(key)
-            })
-        });
+        self.shared
+            .keys
+            .renew(|key| (*key.team == *name).then(|| moved(key, fresh.clone())));
     }
 }
 
@@ -295,7 +309,7 @@ impl Follow for Access {
             match change {
                 Changed::Key { old, new } => self.follow_key(old.as_ref(), new.as_ref()),
                 Changed::Team { old, new } => self.follow_team(old.as_ref(), new.as_ref()),
-                Changed::Budget { .. } => {}
+                Changed::Budget { id, new, credit } => self.follow_budget(id, new.as_ref(), *credit),
             }
             self.changes += 1;
         }
@@ -317,41 +331,70 @@ impl Follow for Access {
     }
 }
 
-/// The same key once more, to change a part of it.
-pub fn renewed(key: &Key) -> Key {
+/// Lets run-time keys in teams of the file follow their teams into other organizations.
+pub fn renew_organizations(shared: &Shared, config: &Config) {
+    if shared.keys.is_empty() {
+        return;
+    }
+    let organizations: HashMap<&str, &str> = config
+        .teams
+        .iter()
+        .map(|team| {
+            (
+                team.name.as_str(),
+                team.organization.as_deref().unwrap_or_default(),
+            )
+        })
+        .collect();
+    shared.keys.renew(|key| {
+        let organization = *organizations.get(&*key.team)?;
+        (*key.organization != *organization).then(|| moved(key, organization.into()))
+    });
+}
+
+/// The same key in another organization.
+fn moved(key: &Key, organization: Arc<str>) -> Key {
     Key {
         name: key.name.clone(),
         team: key.team.clone(),
-        organization: key.organization.clone(),
+        ids: Ids::new(&key.name, &key.team, &organization),
+        organization,
         models: key.models.clone(),
         networks: key.networks.clone(),
         expires_unix_ms: key.expires_unix_ms,
         disabled: key.disabled,
-        limits: key.limits.clone(),
         life: key.life.clone(),
     }
 }
 
-/// Gives run-time keys the limits of another configuration.
-pub fn renew_limits(shared: &Shared, config: &Config, registry: &mut Registry) {
-    let registry = RefCell::new(registry);
-    shared.keys.renew(|key| {
-        let key_in_file = as_in_file(&key.name, Some(&*key.team));
-        Some(Key {
-            limits: registry.borrow_mut().limits.bounds(config, &key_in_file),
-            ..renewed(key)
-        })
-    });
+/// A budget as the configuration would have it.
+fn as_in_file(budget: &store::Budget, credit: i64) -> schema::Budget {
+    let prepaid = Dollars(u64::try_from(credit).unwrap_or_default());
+    schema::Budget {
+        usd: budget.nano_usd.map(Dollars),
+        credit: budget.nano_usd.is_none().then_some(prepaid),
+        every: budget.every.as_deref().and_then(|text| parse_span(text).ok()),
+        time_zone: None,
+        alerts: budget
+            .alerts
+            .iter()
+            .map(|percent| schema::Percent((*percent).into()))
+            .collect(),
+        hard: budget.hard,
+        on_exhausted: schema::OnExhausted::default(),
+        unpriced: schema::Unpriced::default(),
+    }
 }
 
-/// A run-time key as the configuration's limits see it.
-pub fn as_in_file(name: &str, team: Option<&str>) -> schema::Key {
-    schema::Key {
-        name: name.to_owned(),
-        sha256: String::new(),
-        team: team.filter(|team| !team.is_empty()).map(str::to_owned),
-        models: None,
-    }
+/// Whose budget has this id of the store.
+fn subject_of(id: &str) -> Option<Subject> {
+    let (scope, name) = id.split_once('/')?;
+    Some(match scope {
+        "key" => Subject::Key(name.to_owned()),
+        "team" => Subject::Team(name.to_owned()),
+        "organization" => Subject::Organization(name.to_owned()),
+        _ => Subject::Gateway,
+    })
 }
 
 fn hashes(key: Option<&store::Key>) -> Vec<[u8; 32]> {

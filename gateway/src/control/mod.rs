@@ -6,6 +6,7 @@
 mod access;
 mod listen;
 mod plane;
+pub mod quota;
 pub mod store;
 
 pub mod admin;
@@ -107,6 +108,7 @@ impl Gateway {
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
+        registry.quota = Arc::new(quota::open(&config)?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
         let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));

@@ -17,6 +17,7 @@ use super::{
     admin::{self, Guard},
     listen::SharedTls,
     notify,
+    quota::Alerts,
 };
 use crate::{
     config::{
@@ -53,6 +54,7 @@ pub struct State {
     started: Instant,
     ledger: Arc<Ledger>,
     log: AccessLog,
+    alerts: Alerts,
     resolver: Resolver,
     ticks: AtomicU64,
     /// Blocked clients, as last counted.
@@ -94,6 +96,7 @@ impl State {
             resolver.watch(&inner.registry.endpoints.named());
             inner.config.clone()
         };
+        let alerts = Alerts::start(&config.alerts)?;
         Ok(State {
             shared: directory.shared.clone(),
             engine,
@@ -101,6 +104,7 @@ impl State {
             started: Instant::now(),
             ledger,
             log,
+            alerts,
             resolver,
             ticks: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
@@ -127,6 +131,7 @@ impl State {
 
     /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
     pub fn tick(&self) {
+        self.alerts.tick(&self.shared.snapshot.load().quota);
         let kernel = self.kernel().ok();
         for _ in 0..OFFENDERS_PER_TICK {
             let Some(client) = self.shared.refusals.next_offender() else {
@@ -232,9 +237,7 @@ impl State {
         }
         self.follow(&config);
         inner.config = config;
-        let Inner { config, registry } = &mut *inner;
-        super::access::renew_limits(&self.shared, config, registry);
-        inner.registry.limits.sweep();
+        super::access::renew_organizations(&self.shared, &inner.config);
         inner.registry.endpoints.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
@@ -277,6 +280,7 @@ impl State {
         if let Err(error) = self.log.reopen(&Destination::parse(&config.log.access)) {
             tracing::warn!(%error, "the access log stays where it was");
         }
+        self.alerts.follow(&config.alerts);
     }
 
     /// The gateway's state, for `gateway status`.
@@ -300,7 +304,9 @@ impl State {
             "streams_open": totals.streams_open(),
             "requests": totals.requests,
             "refused": totals.refused_total(),
-            "ledger": self.ledger.status(),
+        "ledger": self.ledger.status(),
+            "limits": super::quota::status(&snapshot.quota),
+            "alerts": self.alerts.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
             "kernel": self.kernel_brief(),
             "degraded": self.degraded(&inner.config),
         })
@@ -461,6 +467,10 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         (ledger.path.clone(), ledger.sync, ledger.keep)
     };
     note(ledger(before) != ledger(after), "ledger");
+    note(
+        before.limit_state.levels != after.limit_state.levels,
+        "limit_state.levels",
+    );
     note(before.log.format != after.log.format, "log.format");
     let off = |config: &Config| config.kernel.mode == KernelMode::Off;
     note(

@@ -20,7 +20,7 @@ use subtle::ConstantTimeEq;
 
 use crate::{
     error::{Error, Kind},
-    quota::policy::Bound,
+    quota::Ids,
 };
 
 /// Maps of the table. With a million keys a change copies some 50 KiB; empty, the table takes 8 KiB.
@@ -48,7 +48,8 @@ pub struct Key {
     pub expires_unix_ms: u64,
     /// Known, but not to be used for now.
     pub disabled: bool,
-    pub limits: Vec<Bound>,
+    /// What limits and budgets know it by.
+    pub ids: Ids,
     pub life: Arc<Life>,
 }
 
@@ -283,7 +284,7 @@ mod tests {
             networks: Arc::new([]),
             expires_unix_ms: NEVER_MS,
             disabled: false,
-            limits: Vec::new(),
+            ids: Ids::default(),
             life: Arc::default(),
         }
     }

@@ -1,5 +1,6 @@
 //! Passing an upstream's answer on.
 
+mod cut;
 mod stream;
 mod whole;
 
@@ -22,7 +23,7 @@ use crate::{
     error::{Dialect, Error, Kind},
     ledger::record::Outcome,
     net::{Either, race},
-    quota::policy::Report,
+    quota::Report,
 };
 
 /// What the relay needs to know of the request.
@@ -32,6 +33,8 @@ pub struct Terms {
     pub life: Arc<Life>,
     /// Take the usage event out of the stream.
     pub hide_usage: bool,
+    /// Answers that are generated at the same time.
+    pub choices: u64,
     pub timeouts: Timeouts,
     pub report: Report,
     /// The dialect of errors.

@@ -97,8 +97,9 @@ impl Db {
             created_ms: before.as_ref().map_or(now_ms, |row| row.doc.created_ms),
             updated_ms: now_ms,
         };
-        if settings.every.is_some_and(|span| span < Span::secs(1)) {
-            return Err(Failure::invalid("`every` is too short; the least is 1s"));
+        let spans = Span::secs(1)..=Span::secs(30 * 86_400);
+        if settings.every.is_some_and(|span| !spans.contains(&span)) {
+            return Err(Failure::invalid("`every` is from 1s to 1mo"));
         }
         if budget.every.is_some() && budget.nano_usd.is_none() {
             return Err(Failure::invalid(

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
-use super::{Actor, Cause, Db, Failure, Key, Kind, Revoked, Row, Running, Secret, Team};
+use super::{Actor, Budget, Cause, Db, Failure, Key, Kind, Revoked, Row, Running, Scope, Secret, Team};
 use crate::{
     bounds::NAME_BYTES_MAX,
     config::{
@@ -218,6 +218,15 @@ impl Db {
         let mut key = self.key_to_change(id, seen)?;
         if let Some(name) = patch.name.as_ref().filter(|name| **name != key.name) {
             self.check_key_name(name)?;
+            // What was used counts for the name: another one would begin anew.
+            if self
+                .get::<Budget>(&Budget::id_of(Scope::Key, &key.name))?
+                .is_some()
+            {
+                let message =
+                    "the key has a budget, which counts by name: delete it before the key is renamed";
+                return Err(Failure::conflict(message));
+            }
             key.name.clone_from(name);
         }
         if let Some(team) = &patch.team {

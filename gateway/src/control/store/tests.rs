@@ -218,9 +218,9 @@ proptest! {
         for _ in 0..2 {
             for from in 0..3 {
                 let changes = hosts[from].changes_since(0, usize::MAX).expect("changes");
-                for to in 0..3 {
+                for host in &mut hosts {
                     for change in &changes {
-                        hosts[to].apply(change).expect("applied");
+                        host.apply(change).expect("applied");
                     }
                 }
             }

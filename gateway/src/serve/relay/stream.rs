@@ -9,12 +9,13 @@ use std::{
     time::Duration,
 };
 
-use super::{Failure, Terms, left};
+use super::{Failure, Terms, cut::Cut, left};
 use crate::{
     bounds::SCRATCH_BYTES,
+    config::schema::OnExhausted,
     core::Core,
     dialect::{Api, Usage, meter::Meter},
-    error::{Dialect, Error},
+    error::{Dialect, Error, Kind},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, frame_in_place, write_chunk_head},
         head::Version,
@@ -25,6 +26,7 @@ use crate::{
         runtime::{Timer, yield_now},
         sleep,
     },
+    quota::reservation::Exhausted,
     serve::{
         account::Account,
         answer::{self, Framing},
@@ -77,6 +79,8 @@ enum Came {
     /// The end of the answer.
     End,
     Failed(Failure),
+    /// A limit has nothing left; the client has been sent the end.
+    Cut,
     /// The client does not take it.
     ClientGone,
 }
@@ -92,11 +96,16 @@ enum Woken {
 impl Stream {
     /// A stream whose upstream has answered and whose client has been sent nothing.
     pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
+        let mut meter = Meter::new(terms.api, terms.hide_usage);
+        let allowed = account.output_allowed();
+        if allowed < u64::MAX {
+            meter.bound(allowed, account.output_is_explicit());
+        }
         Stream {
             core: core.clone(),
             upstream,
             account,
-            meter: Meter::new(terms.api, terms.hide_usage),
+            meter,
             chunked: terms.head.version == Version::Http11,
             terms,
             unsent: Vec::new(),
@@ -139,6 +148,7 @@ impl Stream {
             match came {
                 Came::More => {}
                 Came::End => return (self.next(), true),
+                Came::Cut => return (self.next(), false),
                 Came::Failed(failure) => return (self.fail(client, failure).await, false),
                 Came::ClientGone => return (self.client_gone(), false),
             }
@@ -266,9 +276,20 @@ impl Stream {
         };
         let payload = READ_FROM + decoded.payload.start..READ_FROM + decoded.payload.end;
         let events = self.meter.seen.events;
-        let kept = self.meter.feed(&mut scratch[payload.clone()]);
+        let (account, mut exhausted) = (&mut self.account, None);
+        let kept = self
+            .meter
+            .feed_within(&mut scratch[payload.clone()], &mut |delivered| {
+                account
+                    .extend(delivered)
+                    .map_err(|rule| exhausted = Some(rule))
+                    .ok()
+            });
         let kept = payload.start + kept.start..payload.start + kept.end;
         self.note_time(!decoded.payload.is_empty(), self.meter.seen.events - events);
+        if let Some(exhausted) = exhausted {
+            return self.cut(client, scratch, kept, &exhausted);
+        }
         let rest = if decoded.done {
             self.meter.finish()
         } else {
@@ -287,6 +308,65 @@ impl Stream {
             (false, _) => Came::ClientGone,
             (true, false) => Came::More,
             (true, true) => Came::End,
+        }
+    }
+
+    /// Ends the stream behind what is still to be sent: a limit has nothing left. The upstream is dropped with its
+    /// connection, so that it works no longer for an answer that nobody gets.
+    fn cut(
+        &mut self,
+        client: &mut Client,
+        scratch: &mut [u8],
+        kept: std::ops::Range<usize>,
+        exhausted: &Exhausted,
+    ) -> Came {
+        let sent = if kept.is_empty() {
+            self.meter.ready()
+        } else {
+            &scratch[kept.clone()]
+        };
+        let end = match exhausted.on_exhausted {
+            OnExhausted::Error => {
+                let error = Error {
+                    code: Some("limit_exhausted"),
+                    ..Error::new(
+                        Kind::RateLimited,
+                        format!("{} is used up: the answer ends here", exhausted.name),
+                    )
+                };
+                self.account.error(error.code());
+                error_event(self.terms.api, &error)
+            }
+            OnExhausted::Finish => {
+                let told = &self.meter.seen;
+                let usage = Usage {
+                    prompt: self.account.input_estimated(),
+                    completion: told.tokens_estimated(),
+                    ..Usage::default()
+                };
+                let (id, unix_ms) = self.account.id();
+                let cut = Cut {
+                    api: self.terms.api,
+                    exhausted,
+                    opening: self.meter.opening(),
+                    sent,
+                    usage: told.usage.unwrap_or(usage),
+                    tell_usage: !self.terms.hide_usage,
+                    choices: self.terms.choices,
+                    id: &id,
+                    model: self.account.model(),
+                    unix_s: unix_ms / 1000,
+                };
+                cut.finish()
+            }
+        };
+        self.account
+            .sent(self.meter.ready().len() + kept.len() + end.len());
+        self.account.cut();
+        self.settle(Outcome::Complete);
+        match self.send(client, scratch, kept, &end, true) {
+            true => Came::Cut,
+            false => Came::ClientGone,
         }
     }
 
