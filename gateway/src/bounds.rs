@@ -71,3 +71,7 @@ pub const ATTEMPTS_MAX: usize = 3;
 
 /// Idle connections that a core keeps to one endpoint.
 pub const POOL_IDLE_MAX: usize = 256;
+
+/// Alerts of budgets that wait to be told. Beyond it the oldest are forgotten: each budget alerts at most eight times a
+/// period, so that is a storm of which nobody reads the end.
+pub const ALERTS_WAITING_MAX: usize = 1024;

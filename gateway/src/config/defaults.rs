@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
-    schema::{Admin, Driver, Http, Ledger, Log, LogFormat, Timeouts, Workers},
+    schema::{Admin, Driver, Http, Ledger, Log, LogFormat, OnError, Timeouts, Workers},
     units::{Bytes, Span},
 };
 
@@ -44,6 +44,8 @@ const LEDGER_PATH: &str = "/var/lib/gateway";
 const LEDGER_SYNC: Span = Span(Duration::from_millis(50));
 /// About four million records.
 const LEDGER_KEEP: Bytes = Bytes(1 << 30);
+/// A year and a month: this month can be compared with the same one a year ago.
+const LEDGER_RETENTION: Span = Span::secs(400 * 86_400);
 
 /// More threads than any host that this was tried on has CPUs; each has its own ring and pools.
 pub const THREADS_MAX: usize = 256;
@@ -66,6 +68,10 @@ pub(super) fn drain() -> Span {
     DRAIN
 }
 
+pub(super) fn yes() -> bool {
+    true
+}
+
 pub(super) fn weight() -> u32 {
     WEIGHT
 }
@@ -75,6 +81,7 @@ impl Default for Admin {
         Admin {
             address: SocketAddr::from(ADMIN_ADDRESS),
             token: None,
+            tokens: Vec::new(),
         }
     }
 }
@@ -120,6 +127,9 @@ impl Default for Ledger {
             path: PathBuf::from(LEDGER_PATH),
             sync: LEDGER_SYNC,
             keep: LEDGER_KEEP,
+            retention: LEDGER_RETENTION,
+            on_error: OnError::Refuse,
+            export: None,
         }
     }
 }

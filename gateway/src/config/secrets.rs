@@ -38,6 +38,13 @@ pub(super) fn fields(config: &mut Config) -> Vec<(Path, &mut Secret)> {
     if let Some(token) = &mut config.admin.token {
         fields.push((root.name("admin").name("token"), token));
     }
+    let tokens = root.name("admin").name("tokens");
+    for (index, token) in config.admin.tokens.iter_mut().enumerate() {
+        fields.push((tokens.index(index).name("token"), &mut token.token));
+    }
+    if let Some(token) = &mut config.alerts.token {
+        fields.push((root.name("alerts").name("token"), token));
+    }
     let providers = root.name("providers");
     for (name, provider) in &mut config.providers {
         if let Some(key) = &mut provider.key {

@@ -1,7 +1,10 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod admin;
 mod kernel;
+mod limits;
+mod prices;
 mod runtime;
 mod upstream;
 
@@ -16,6 +19,7 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+pub use limits::check_budget;
 pub(super) use runtime::is_file_of_access_log;
 
 /// Reports everything that is wrong or doubtful in a configuration whose form is right.
@@ -23,14 +27,18 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     let known = Known::new(config);
     runtime::listeners(config, report);
     runtime::admin(config, report);
+    admin::tokens(config, report);
     upstream::providers(config, report);
     upstream::models(config, report);
-    access::teams(config, report);
+    limits::groups(config, &known, report);
     access::keys(config, &known, report);
-    access::limits(config, &known, report);
+    limits::limits(config, &known, report);
+    limits::budgets(config, report);
+    limits::rest(config, report);
     runtime::http(config, report);
     kernel::kernel(config, report);
     runtime::ledger(config, report);
+    prices::check(config, report);
     runtime::log(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);
 }
@@ -50,6 +58,8 @@ fn root(name: &str) -> Path {
 struct Known<'a> {
     models: HashMap<&'a str, ()>,
     teams: HashMap<&'a str, ()>,
+    organizations: HashMap<&'a str, ()>,
+    providers: HashMap<&'a str, ()>,
     /// Keys with their teams.
     keys: HashMap<&'a str, Option<&'a str>>,
 }
@@ -63,6 +73,12 @@ impl<'a> Known<'a> {
                 .iter()
                 .map(|model| (model.name.as_str(), ()))
                 .collect(),
+            organizations: config
+                .organizations
+                .iter()
+                .map(|organization| (organization.name.as_str(), ()))
+                .collect(),
+            providers: config.providers.keys().map(|name| (name.as_str(), ())).collect(),
             teams: config.teams.iter().map(|team| (team.name.as_str(), ())).collect(),
             keys: keys.map(|key| (key.name.as_str(), key.team.as_deref())).collect(),
         }

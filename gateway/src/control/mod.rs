@@ -3,15 +3,24 @@
 //! The control thread never stands between a request and its answer. It runs on tokio-uring, which is a current-thread
 //! tokio runtime, so that ordinary libraries run on it; where io_uring is forbidden, on plain tokio.
 
+mod access;
 mod listen;
 mod plane;
+pub mod quota;
+pub mod store;
 
 pub mod admin;
 pub mod notify;
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
+use arc_swap::ArcSwap;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval},
@@ -21,7 +30,6 @@ use crate::{
     config::{
         Config,
         schema::{Driver, KernelMode},
-        units::Secret,
     },
     core::{self, DRAIN, STOP, Shared},
     kernel::{self, Kernel, Off, Plan},
@@ -37,7 +45,8 @@ use crate::{
         logging,
     },
 };
-use plane::State;
+use access::{Access, Directory, Names};
+use plane::{Inner, State};
 
 /// How often the control thread looks after the kernel's blocks and the cores. It bounds how long an offender goes on
 /// after its last permitted refusal.
@@ -85,7 +94,7 @@ struct Gateway {
     threads: core::Threads,
     ledger: Arc<Ledger>,
     admin: std::net::TcpListener,
-    token: Secret,
+    guard: Arc<admin::Guard>,
 }
 
 impl Gateway {
@@ -96,14 +105,27 @@ impl Gateway {
         // Before any thread is started, so that none has the rights that loading needs.
         let kernel = load_kernel(&config, cores)?;
         let (ledger, journals) = Ledger::start(&config.ledger, cores)?;
-        let token = admin::token(&config)?;
+        let guard = Arc::new(admin::Guard::new(&config)?);
+        let db = store::open(&config.ledger.path)?;
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
+        registry.quota = Arc::new(quota::open(&config)?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
+        let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));
+        let inner = Arc::new(Mutex::new(Inner {
+            config: config.clone(),
+            registry,
+        }));
+        let access = Access::load(&db, shared.clone(), inner.clone())?;
+        let directory = Directory {
+            store: store::Store::start(db, access).context("cannot start the store of run-time keys")?,
+            names,
+            shared: shared.clone(),
+        };
         let listeners = listen::open(&config, cores)?;
-        let kernel = guard(&config, kernel, &listeners)?;
+        let kernel = guard_listeners(&config, kernel, &listeners)?;
         let log = AccessLog::start(shared.cores.clone(), &Destination::parse(&config.log.access))
             .context("cannot open the access log")?;
 
@@ -124,12 +146,12 @@ impl Gateway {
         let ledger = Arc::new(ledger);
         let state = State::new(
             path,
-            config,
-            shared,
+            inner,
+            directory,
+            guard.clone(),
             engine,
             kernel,
             ledger.clone(),
-            registry,
             log,
             addresses,
             tls,
@@ -139,7 +161,7 @@ impl Gateway {
             threads,
             ledger,
             admin,
-            token,
+            guard,
         })
     }
 
@@ -150,14 +172,14 @@ impl Gateway {
             threads,
             ledger,
             admin,
-            token,
+            guard,
         } = self;
         // Before anyone is told that the gateway is ready: a signal then no longer kills it.
         let signals = Signals::listen()?;
         let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
         let address = admin.local_addr()?;
         let admin = tokio::net::TcpListener::from_std(admin)?;
-        let api = admin::serve(admin, state.clone(), token, async {
+        let api = admin::serve(admin, state.clone(), guard, async {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);
@@ -219,7 +241,7 @@ fn load_kernel(config: &Config, cores: usize) -> anyhow::Result<Result<Kernel, S
 }
 
 /// Puts the kernel plane before the listeners.
-fn guard(
+fn guard_listeners(
     config: &Config,
     kernel: Result<Kernel, String>,
     listeners: &[listen::Group],

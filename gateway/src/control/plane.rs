@@ -14,9 +14,11 @@ use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use super::{
-    admin::{self, kernel::Target},
+    access::{Directory, Names},
+    admin::{self, Guard, kernel::Target},
     listen::SharedTls,
     notify,
+    quota::Alerts,
 };
 use crate::{
     config::{
@@ -50,6 +52,7 @@ pub struct State {
     started: Instant,
     ledger: Arc<Ledger>,
     log: AccessLog,
+    alerts: Alerts,
     resolver: Resolver,
     ticks: AtomicU64,
     /// Blocked clients, as last counted.
@@ -59,46 +62,56 @@ pub struct State {
     /// What the process was started with: what only a restart changes still is as it says.
     at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
+    directory: Directory,
+    guard: Arc<Guard>,
     kernel: Result<Mutex<Kernel>, String>,
 }
 
 /// What a reload changes.
-struct Inner {
-    config: Config,
-    registry: Registry,
+pub(super) struct Inner {
+    pub config: Config,
+    pub registry: Registry,
 }
 
 impl State {
     #[allow(clippy::too_many_arguments)] // called once, where all of these have just been made
     pub fn new(
         path: PathBuf,
-        config: Config,
-        shared: Arc<Shared>,
+        inner: Arc<Mutex<Inner>>,
+        directory: Directory,
+        guard: Arc<Guard>,
         engine: Engine,
         kernel: Result<Kernel, String>,
         ledger: Arc<Ledger>,
-        registry: Registry,
         log: AccessLog,
         addresses: Vec<SocketAddr>,
         tls: Vec<SharedTls>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
-        resolver.watch(&registry.endpoints.named());
+        let config = {
+            let inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+            resolver.watch(&inner.registry.endpoints.named());
+            inner.config.clone()
+        };
+        let alerts = Alerts::start(&config.alerts)?;
         Ok(State {
-            shared,
+            shared: directory.shared.clone(),
             engine,
             path,
             started: Instant::now(),
             ledger,
             log,
+            alerts,
             resolver,
             ticks: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
-            at_start: config.clone(),
-            inner: Mutex::new(Inner { config, registry }),
+            at_start: config,
+            inner,
+            directory,
+            guard,
             kernel: kernel.map(Mutex::new),
         })
     }
@@ -116,6 +129,7 @@ impl State {
 
     /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
     pub fn tick(&self) {
+        self.alerts.tick(&self.shared.snapshot.load().quota);
         let kernel = self.kernel().ok();
         for _ in 0..OFFENDERS_PER_TICK {
             let Some(client) = self.shared.refusals.next_offender() else {
@@ -205,11 +219,14 @@ impl State {
         let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
         // What may still fail comes first: a refused configuration leaves nothing behind.
         let fresh_tls = self.fresh_tls(&config)?;
+        let tokens = admin::tokens(&config).map_err(|error| format!("{error:#}"))?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
         let unchanged = needs_restart(&self.at_start, &config);
 
         let generation = snapshot.generation;
+        self.guard.set(tokens);
+        self.directory.names.store(Arc::new(Names::new(&config)));
         self.shared.snapshot.store(Arc::new(snapshot));
         for (shared, fresh) in self.tls.iter().zip(fresh_tls) {
             if let (Some(shared), Some(fresh)) = (shared, fresh) {
@@ -218,7 +235,7 @@ impl State {
         }
         self.follow(&config);
         inner.config = config;
-        inner.registry.limits.sweep();
+        super::access::renew_organizations(&self.shared, &inner.config);
         inner.registry.endpoints.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
@@ -262,6 +279,7 @@ impl State {
         if let Err(error) = self.log.reopen(&Destination::parse(&config.log.access)) {
             tracing::warn!(%error, "the access log stays where it was");
         }
+        self.alerts.follow(&config.alerts);
     }
 
     /// The gateway's state, for `gateway status`.
@@ -280,11 +298,14 @@ impl State {
             "engine": self.engine.name(),
             "models": inner.config.models.len(),
             "keys": inner.config.keys.len(),
+            "keys_at_run_time": self.shared.keys.len(),
             "connections_open": totals.connections_open(),
             "streams_open": totals.streams_open(),
             "requests": totals.requests,
             "refused": totals.refused_total(),
-            "ledger": self.ledger.status(),
+        "ledger": self.ledger.status(),
+            "limits": super::quota::status(&snapshot.quota),
+            "alerts": self.alerts.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
             "kernel": self.kernel_brief(),
             "degraded": self.degraded(&inner.config),
         })
@@ -313,7 +334,15 @@ impl State {
         if let Some(error) = self.ledger.status().trouble {
             degraded.push(format!("ledger: {error}"));
         }
+        if let Some(error) = self.directory.store.trouble() {
+            degraded.push(format!("changes by administrators cannot be kept: {error}"));
+        }
         degraded
+    }
+
+    /// Keys, teams and budgets.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
     }
 
     /// Sums by key and model since the start, of what the ledger has folded.
@@ -403,8 +432,6 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     };
     note(addresses(before) != addresses(after), "listeners");
     note(before.admin.address != after.admin.address, "admin.address");
-    // A token that leaked and was changed is good for nothing only then.
-    note(before.admin.token != after.admin.token, "admin.token");
     let workers = |config: &Config| {
         let workers = &config.workers;
         (workers.threads, workers.driver, workers.pin)
@@ -415,6 +442,10 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         (ledger.path.clone(), ledger.sync, ledger.keep)
     };
     note(ledger(before) != ledger(after), "ledger");
+    note(
+        before.limit_state.levels != after.limit_state.levels,
+        "limit_state.levels",
+    );
     note(before.log.format != after.log.format, "log.format");
     // Exempt networks, bounds and the mode's other words follow a reload.
     let kernel = |config: &Config| {
@@ -472,7 +503,6 @@ mod tests {
     fn what_a_reload_does_not_change_is_named() {
         let with = |more: &str| config(&format!("listeners: [{{address: '127.0.0.1:1'}}]\n{more}"));
         for (more, part) in [
-            ("admin: { token: other }", "admin.token"),
             ("admin: { address: '127.0.0.1:9901' }", "admin.address"),
             ("workers: { threads: 3 }", "workers"),
             ("workers: { pin: false }", "workers"),

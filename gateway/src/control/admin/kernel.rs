@@ -1,18 +1,23 @@
 //! The kernel plane in the admin API and in the metrics.
 
-use std::{net::IpAddr, str::FromStr, sync::Arc, time::Duration};
+use std::{net::IpAddr, str::FromStr, time::Duration};
 
 use axum::{
-    Json, Router,
+    Json,
     body::Bytes,
     extract::{Query, State},
-    routing::{get, post},
+    http::StatusCode,
 };
 use ipnet::IpNet;
+use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Value, json};
 
-use super::{Failure, Plane, parse, state::write_counters};
+use super::{
+    Anything, Failure, parse,
+    routes::{App, Operation, Routes},
+    state::write_counters,
+};
 use crate::{
     config::units::parse_span,
     kernel::{ClientStats, Kernel, PortStats},
@@ -184,44 +189,78 @@ impl<'de> Deserialize<'de> for Target {
 }
 
 /// The routes below `/kernel`.
-pub(super) fn routes() -> Router<Arc<dyn Plane>> {
-    Router::new()
-        .route("/kernel", get(status))
-        .route("/kernel/clients", get(list))
-        .route("/kernel/block", post(block))
-        .route("/kernel/unblock", post(unblock))
+pub(super) fn routes(routes: Routes) -> Routes {
+    let operation = |id, summary| Operation::new(id, "kernel", summary);
+    const DONE: &str = "What was done.";
+    routes
+        .get(
+            "/kernel",
+            status,
+            operation("getKernel", "The kernel plane in detail")
+                .answer::<Anything>(StatusCode::OK, "The kernel plane."),
+        )
+        .get(
+            "/kernel/clients",
+            list,
+            operation("listKernelClients", "The clients with the most open connections")
+                .query::<List>()
+                .answer::<Anything>(StatusCode::OK, "The clients."),
+        )
+        .post(
+            "/kernel/block",
+            block,
+            operation("blockClient", "Drop new connections of a client or a network")
+                .body::<Block>()
+                .answer::<Anything>(StatusCode::OK, DONE),
+        )
+        .post(
+            "/kernel/unblock",
+            unblock,
+            operation("unblockClient", "Let a client or a network connect again")
+                .body::<Unblock>()
+                .answer::<Anything>(StatusCode::OK, DONE),
+        )
 }
 
-async fn status(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
+async fn status(State(plane): State<App>) -> Json<Value> {
     Json(plane.kernel_status())
 }
 
-#[derive(Deserialize)]
+/// How many to list.
+#[derive(Deserialize, JsonSchema)]
 struct List {
+    /// At most this many, up to 1000; absent: 100.
     max: Option<usize>,
 }
 
-async fn list(State(plane): State<Arc<dyn Plane>>, query: Query<List>) -> Result<Json<Value>, Failure> {
+async fn list(State(plane): State<App>, query: Query<List>) -> Result<Json<Value>, Failure> {
     let max = query.max.unwrap_or(CLIENTS_LISTED).min(CLIENTS_LISTED_MAX);
     let clients = plane.kernel_clients(max).map_err(Failure::conflict)?;
     Ok(Json(json!({ "clients": clients })))
 }
 
-#[derive(Deserialize)]
+/// Whom to block.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Block {
+    /// An address or a network.
+    #[schemars(with = "String")]
     client: Target,
+    /// How long, from 1s to 30d; absent: 10m.
     #[serde(rename = "for")]
     hold: Option<String>,
 }
 
-#[derive(Deserialize)]
+/// Whom to let in again.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Unblock {
+    /// An address or a network, as it was blocked.
+    #[schemars(with = "String")]
     client: Target,
 }
 
-async fn block(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn block(State(plane): State<App>, body: Bytes) -> Result<Json<Value>, Failure> {
     let block: Block = parse(&body)?;
     let hold = block.hold.as_deref().map_or(Ok(BLOCK_DEFAULT), hold_of)?;
     let net = plane
@@ -231,7 +270,7 @@ async fn block(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<
     Ok(Json(json!({ "net": net, "seconds": hold.as_secs() })))
 }
 
-async fn unblock(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn unblock(State(plane): State<App>, body: Bytes) -> Result<Json<Value>, Failure> {
     let unblock: Unblock = parse(&body)?;
     let (net, was_blocked) = plane.kernel_unblock(unblock.client).map_err(Failure::conflict)?;
     tracing::info!(%net, was_blocked, "unblocked by hand");

@@ -10,7 +10,7 @@ use super::{
     kernel::{self, Target},
 };
 use crate::{
-    control::plane::State,
+    control::{access::Directory, plane::State},
     ledger::Counters,
     net::clock,
     telemetry::{
@@ -102,6 +102,10 @@ impl Plane for State {
 
     fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
         State::kernel_unblock(self, target)
+    }
+
+    fn directory(&self) -> &Directory {
+        State::directory(self)
     }
 }
 
