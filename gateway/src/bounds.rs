@@ -71,3 +71,10 @@ pub const ATTEMPTS_MAX: usize = 3;
 
 /// Idle connections that a core keeps to one endpoint.
 pub const POOL_IDLE_MAX: usize = 256;
+
+/// Shared levels in use on one host at most. Each takes some 250 bytes here and 200 in the store; the control thread
+/// looks at all of them in each round, some 2 ms.
+pub const LEASED_LEVELS_MAX: usize = 65_536;
+
+/// Maps that they are kept in: adding one copies 64 entries at most on average.
+pub const LEASED_SHARDS: usize = 1_024;
