@@ -16,6 +16,9 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+mod store;
+pub use store::*;
+
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -53,6 +56,9 @@ pub struct Config {
     /// The books: one record for every accepted request.
     #[serde(default)]
     pub ledger: Ledger,
+    /// What several hosts share. Absent: each counts for itself.
+    #[serde(default)]
+    pub store: Option<Store>,
     /// The program's own log and the access log.
     #[serde(default)]
     pub log: Log,

@@ -2,6 +2,7 @@
 
 mod access;
 mod runtime;
+mod store;
 mod upstream;
 
 use std::collections::HashMap;
@@ -31,6 +32,7 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     runtime::kernel(config, report);
     runtime::ledger(config, report);
     runtime::log(config, report);
+    store::store(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);
 }
 

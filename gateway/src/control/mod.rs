@@ -7,6 +7,7 @@ mod listen;
 mod plane;
 
 pub mod admin;
+pub mod cluster;
 pub mod notify;
 
 use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};

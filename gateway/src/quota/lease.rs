@@ -30,7 +30,8 @@ pub enum Kind {
     Bucket { window_ns: u64 },
     /// Each unit a window after it was used, rounded up to a sixteenth of the window.
     Sliding { window_ns: u64 },
-    /// All at the period's end. Each period is a level of its own.
+    /// All at the period's end, but for what was used beyond the amount. Each period has a `Leased` of its own, and the
+    /// store one level for all of them.
     Period { end_unix_ms: u64 },
     /// Never: prepaid credit.
     Credit,
@@ -51,6 +52,7 @@ pub struct Opening {
 /// This host's part of one shared level: atomics alone, shared by all cores and the control thread.
 #[derive(Debug)]
 pub struct Leased {
+    id: u64,
     kind: Kind,
     amount: AtomicU64,
     taken: AtomicU64,
@@ -114,9 +116,10 @@ pub struct Grant {
 }
 
 impl Leased {
-    /// A level of `amount` units that this host meets for the first time.
-    pub fn new(kind: Kind, amount: u64, opening: Opening) -> Leased {
+    /// A level of `amount` units that this host meets for the first time. `id` is the policy and the subject.
+    pub fn new(id: u64, kind: Kind, amount: u64, opening: Opening) -> Leased {
         Leased {
+            id,
             kind,
             amount: AtomicU64::new(amount),
             taken: AtomicU64::new(0),
@@ -131,6 +134,11 @@ impl Leased {
             free: AtomicU64::new(amount),
             reset_at_ns: AtomicU64::new(0),
         }
+    }
+
+    /// The policy and the subject, the same on every host.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// How it forgets what was used.
@@ -366,7 +374,7 @@ mod tests {
 
     #[test]
     fn admits_within_the_lease_and_while_it_is_valid() {
-        let level = Leased::new(Kind::Credit, 100, NONE);
+        let level = Leased::new(1, Kind::Credit, 100, NONE);
         assert!(level.reserve(1, NOW).is_err());
         level.grant(&grant(10));
         assert!(level.reserve(8, NOW).is_ok());
@@ -379,7 +387,7 @@ mod tests {
 
     #[test]
     fn tells_what_was_wanted_once() {
-        let level = Leased::new(Kind::Credit, 100, NONE);
+        let level = Leased::new(1, Kind::Credit, 100, NONE);
         assert!(!level.is_hungry());
         let _ = level.reserve(5, NOW);
         let _ = level.reserve(7, NOW);
@@ -394,16 +402,16 @@ mod tests {
     #[test]
     fn an_opening_admits_one_large_request_or_several_small_ones() {
         let opening = Opening { units: 5, ..NONE };
-        let level = Leased::new(Kind::Credit, 100, opening);
+        let level = Leased::new(1, Kind::Credit, 100, opening);
         assert!(level.reserve(101, NOW).is_err());
         assert!(level.reserve(60, NOW).is_ok());
         assert!(level.reserve(1, NOW).is_err());
-        let level = Leased::new(Kind::Credit, 100, opening);
+        let level = Leased::new(1, Kind::Credit, 100, opening);
         for _ in 0..5 {
             assert!(level.reserve(1, NOW).is_ok());
         }
         assert!(level.reserve(1, NOW).is_err());
-        let level = Leased::new(Kind::Credit, 100, opening);
+        let level = Leased::new(1, Kind::Credit, 100, opening);
         level.grant(&grant(6));
         assert!(
             level.reserve(7, NOW).is_err(),
@@ -413,7 +421,7 @@ mod tests {
 
     #[test]
     fn settles_both_ways_and_carries_debt() {
-        let level = Leased::new(Kind::Credit, 100, NONE);
+        let level = Leased::new(1, Kind::Credit, 100, NONE);
         level.grant(&grant(50));
         level.reserve(40, NOW).expect("room");
         assert_eq!((level.look().taken, level.look().spent), (40, 0));
@@ -430,7 +438,7 @@ mod tests {
     #[test]
     fn a_bucket_counts_at_once_and_gives_back_what_time_has_not() {
         let bucket = Kind::Bucket { window_ns: MINUTE };
-        let level = Leased::new(bucket, 60, NONE);
+        let level = Leased::new(1, bucket, 60, NONE);
         level.grant(&Grant {
             reset_at_ns: 0,
             ..grant(60)
@@ -451,7 +459,7 @@ mod tests {
 
     #[test]
     fn parallel_slots_are_held_and_come_back() {
-        let level = Leased::new(Kind::Parallel, 4, NONE);
+        let level = Leased::new(1, Kind::Parallel, 4, NONE);
         level.grant(&grant(2));
         level.reserve(1, NOW).expect("room");
         level.reserve(1, NOW).expect("room");
@@ -463,7 +471,7 @@ mod tests {
 
     #[test]
     fn handing_back_keeps_what_is_taken() {
-        let level = Leased::new(Kind::Credit, 100, NONE);
+        let level = Leased::new(1, Kind::Credit, 100, NONE);
         level.grant(&grant(50));
         level.reserve(20, NOW).expect("room");
         assert_eq!(level.lower(30), 30);
@@ -477,7 +485,7 @@ mod tests {
     #[test]
     fn many_threads_never_use_more_than_was_granted() {
         const AMOUNT: u64 = 20_000;
-        let hosts = [(); 2].map(|()| Leased::new(Kind::Credit, AMOUNT, NONE));
+        let hosts = [(); 2].map(|()| Leased::new(1, Kind::Credit, AMOUNT, NONE));
         let (used, running) = (Count::new(0), Count::new(64));
         std::thread::scope(|scope| {
             for thread in 0..64_u64 {
