@@ -152,6 +152,9 @@ impl Rounds {
         tracing::info!(host = %self.cluster.host, "connected to the store: limits are shared");
         self.retry_after = RETRY_FIRST;
         self.present_at = Instant::now();
+        for tracker in self.trackers.values_mut() {
+            tracker.tell_again();
+        }
         self.cluster.link.send_replace(Some(link.clone()));
         self.link = Some(link);
         let settings = &self.cluster.settings;

@@ -282,6 +282,11 @@ impl Tracker {
         self.take(&report, &answer, now.ns, now);
     }
 
+    /// Tells the store again what it was told before: it may have lost its data.
+    pub fn tell_again(&mut self) {
+        self.reported = None;
+    }
+
     /// What this instance of the level is called in the store.
     pub fn host(&self) -> &str {
         &self.host
