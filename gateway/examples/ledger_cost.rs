@@ -112,6 +112,7 @@ fn record() -> Record {
             cached: 400,
             completion: 200,
             reasoning: 0,
+            ..Usage::default()
         },
         ttft_us: 120_000,
         duration_us: 4_000_000,

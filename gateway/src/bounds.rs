@@ -78,3 +78,7 @@ pub const LEASED_LEVELS_MAX: usize = 65_536;
 
 /// Maps that they are kept in: adding one copies 64 entries at most on average.
 pub const LEASED_SHARDS: usize = 1_024;
+
+/// Alerts of budgets that wait to be told. Beyond it the oldest are forgotten: each budget alerts at most eight times a
+/// period, so that is a storm of which nobody reads the end.
+pub const ALERTS_WAITING_MAX: usize = 1024;

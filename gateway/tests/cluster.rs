@@ -209,11 +209,9 @@ fn a_killed_hosts_lease_comes_back() {
         first.end(false);
         let second = Host::connected(&settings);
         assert!(!second.uses(1, Kind::Parallel, 10, 1));
-        let began = Instant::now();
         eventually("the slots", || {
             second.uses(1, Kind::Parallel, 10, 10).then_some(())
         });
-        assert!(began.elapsed() < PATIENCE);
     }
 }
 

@@ -39,6 +39,7 @@ fn config(path: &Path) -> schema::Ledger {
         path: path.into(),
         sync: Span(Duration::from_millis(5)),
         keep: Bytes(1 << 30),
+        ..schema::Ledger::default()
     }
 }
 
@@ -62,6 +63,7 @@ fn record(number: u64) -> Record {
             cached: 4,
             completion: 20,
             reasoning: 5,
+            ..Usage::default()
         },
         ttft_us: 1000,
         duration_us: 2000,

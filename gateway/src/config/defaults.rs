@@ -3,7 +3,9 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
-    schema::{Admin, Driver, Drop, Http, Kernel, KernelMode, Ledger, Log, LogFormat, Timeouts, Workers},
+    schema::{
+        Admin, Driver, Drop, Http, Kernel, KernelMode, Ledger, Log, LogFormat, OnError, Timeouts, Workers,
+    },
     units::{Bytes, Span},
 };
 
@@ -49,6 +51,8 @@ const LEDGER_PATH: &str = "/var/lib/gateway";
 const LEDGER_SYNC: Span = Span(Duration::from_millis(50));
 /// About four million records.
 const LEDGER_KEEP: Bytes = Bytes(1 << 30);
+/// A year and a month: this month can be compared with the same one a year ago.
+const LEDGER_RETENTION: Span = Span::secs(400 * 86_400);
 
 /// More threads than any host that this was tried on has CPUs; each has its own ring and pools.
 pub const THREADS_MAX: usize = 256;
@@ -69,6 +73,10 @@ pub const CONNECTIONS_LIMIT: usize = 1_000_000;
 
 pub(super) fn drain() -> Span {
     DRAIN
+}
+
+pub(super) fn yes() -> bool {
+    true
 }
 
 pub(super) fn weight() -> u32 {
@@ -147,6 +155,9 @@ impl Default for Ledger {
             path: PathBuf::from(LEDGER_PATH),
             sync: LEDGER_SYNC,
             keep: LEDGER_KEEP,
+            retention: LEDGER_RETENTION,
+            on_error: OnError::Refuse,
+            export: None,
         }
     }
 }

@@ -26,3 +26,4 @@ pub use key::{KEY_PREFIX, generate_key, key_hash, parse_sha256, sha256_hex};
 pub use load::{Env, FILE_BYTES_MAX, load, parse, process_env};
 pub use schema::Config;
 pub use structure::json_schema;
+pub use validate::check_budget;

@@ -3,6 +3,11 @@
 //! The comments are the descriptions in the JSON Schema that `gateway schema` prints, so they
 //! speak to the person who writes the file. Defaults stand in [`super::defaults`].
 
+mod ledger;
+pub mod prices;
+
+pub use ledger::*;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use ipnet::IpNet;
@@ -16,7 +21,9 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+mod limits;
 mod store;
+pub use limits::*;
 pub use store::*;
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
@@ -38,12 +45,24 @@ pub struct Config {
     /// Groups of keys that limits can name.
     #[serde(default)]
     pub teams: Vec<Team>,
+    /// Groups of teams.
+    #[serde(default)]
+    pub organizations: Vec<Organization>,
     /// The virtual keys of clients, as hashes.
     #[serde(default)]
     pub keys: Vec<Key>,
     /// How much may be used per window. A request must fit into every limit that matches it.
     #[serde(default)]
     pub limits: Vec<Limit>,
+    /// What the whole gateway may spend.
+    #[serde(default)]
+    pub budget: Option<Budget>,
+    /// Who is told when a budget's alert is due.
+    #[serde(default)]
+    pub alerts: Alerts,
+    /// Where levels of limits are kept.
+    #[serde(default)]
+    pub limit_state: LimitState,
     /// The data-plane threads.
     #[serde(default)]
     pub workers: Workers,
@@ -59,6 +78,13 @@ pub struct Config {
     /// What several hosts share. Absent: each counts for itself.
     #[serde(default)]
     pub store: Option<Store>,
+    /// The operator's own prices; the first entry that fits a request counts, and goes before the built-in list.
+    #[serde(default)]
+    #[schemars(length(max = prices::ENTRIES_MAX))]
+    pub prices: Vec<prices::Entry>,
+    /// Whether models that no entry of `prices` fits have the list prices that are built in (`gateway prices`).
+    #[serde(default = "defaults::yes")]
+    pub builtin_prices: bool,
     /// The program's own log and the access log.
     #[serde(default)]
     pub log: Log,
@@ -183,6 +209,13 @@ pub struct Provider {
     /// PEM file with the certificate authorities to trust instead of the system's.
     #[serde(default)]
     pub ca: Option<PathBuf>,
+    /// Whose list prices its models have: `openai`, `anthropic`, `azure`, … (`gateway prices --vendors`). Absent: told by the
+    /// host of its first endpoint, else by its name.
+    #[serde(default)]
+    pub prices: Option<String>,
+    /// What becomes of a running answer when its client hangs up.
+    #[serde(default)]
+    pub on_disconnect: OnDisconnect,
 }
 
 /// A model as clients name it.
@@ -251,15 +284,6 @@ pub struct Timeouts {
     pub total: Span,
 }
 
-/// A group of keys.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Team {
-    /// Unique name; at most 128 bytes.
-    #[schemars(length(min = 1, max = NAME_BYTES_MAX))]
-    pub name: String,
-}
-
 /// A virtual key. `gateway keys create` makes one and prints its line.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -276,49 +300,9 @@ pub struct Key {
     /// Names of the models that the key may use. Absent: all.
     #[serde(default)]
     pub models: Option<Vec<String>>,
-}
-
-/// How much may be used in a window of time. It has `requests`, `tokens` or both.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Limit {
-    /// Which requests it counts. Absent: all.
-    #[serde(default, rename = "match")]
-    pub matches: Match,
-    /// Who has an own count.
+    /// What the key may spend.
     #[serde(default)]
-    pub per: Per,
-    /// Requests a window, 1 to 10^15.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = LIMIT_MAX))]
-    pub requests: Option<u64>,
-    /// Tokens a window, prompt and output together, 1 to 10^15.
-    #[serde(default)]
-    #[schemars(range(min = 1, max = LIMIT_MAX))]
-    pub tokens: Option<u64>,
-    /// Length of the window, 1s to 1mo.
-    pub every: Span,
-}
-
-/// Which requests a limit counts: those for which all that is given is so.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Match {
-    /// Name of an entry of `keys`.
-    pub key: Option<String>,
-    /// Name of an entry of `teams`.
-    pub team: Option<String>,
-    /// Name of an entry of `models`.
-    pub model: Option<String>,
-}
-
-/// Who has an own count in a limit.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Per {
-    /// Every key.
-    #[default]
-    Key,
+    pub budget: Option<Budget>,
 }
 
 /// The data-plane threads.
@@ -412,18 +396,6 @@ pub struct Drop {
     /// Networks that are never dropped, for example proxies and NATs with many users behind one address.
     #[schemars(with = "Vec<Network>")]
     pub exempt: Vec<IpNet>,
-}
-
-/// The books.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Ledger {
-    /// State directory: journal, rollup, generated admin token.
-    pub path: PathBuf,
-    /// How often the journal is forced to disk, 1ms to 1m: what a power cut can take.
-    pub sync: Span,
-    /// Journal segments to keep for export after they are summed up; 0 keeps none.
-    pub keep: Bytes,
 }
 
 /// The program's own log and the access log.

@@ -41,6 +41,9 @@ pub(super) fn fields(config: &mut Config) -> Vec<(Path, &mut Secret)> {
     if let Some(password) = config.store.as_mut().and_then(|store| store.password.as_mut()) {
         fields.push((root.name("store").name("password"), password));
     }
+    if let Some(token) = &mut config.alerts.token {
+        fields.push((root.name("alerts").name("token"), token));
+    }
     let providers = root.name("providers");
     for (name, provider) in &mut config.providers {
         if let Some(key) = &mut provider.key {

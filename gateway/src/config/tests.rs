@@ -197,7 +197,9 @@ const WRONG: &[(&str, &str, &[&str])] = &[
     (
         "    tokens: 1000\n",
         "",
-        &["g.yaml:22:5: limits[0]: a limit needs `requests`, `tokens` or both"],
+        &[
+            "g.yaml:22:5: limits[0]: a limit needs an amount: `requests`, `tokens`, `input_tokens`, `output_tokens`, `usd` or `parallel`",
+        ],
     ),
     (
         "every: 1m",
@@ -229,7 +231,9 @@ const WRONG: &[(&str, &str, &[&str])] = &[
     (
         "match: { team: search,",
         "match: { team: search, per: key,",
-        &["g.yaml:22:28: limits[0].match: unknown field `per`; known: key, model, team"],
+        &[
+            "g.yaml:22:28: limits[0].match: unknown field `per`; known: client, header, key, model, organization, path, provider, team, user",
+        ],
     ),
     (
         "teams:",

@@ -16,6 +16,14 @@ pub struct Span(pub Duration);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);
 
+/// An amount of money in US dollars, exact to the nano-dollar.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Dollars(pub u64);
+
+/// A day, beginning at midnight UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Date(jiff::civil::Date);
+
 /// A secret, resolved from `${env:…}`, `${file:…}` or `${credential:…}`; never printed.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
@@ -56,6 +64,54 @@ impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
         let text = Cow::<str>::deserialize(deserializer)?;
         parse_bytes(&text).map_err(D::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Dollars {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Dollars, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        parse_dollars(&text).map_err(D::Error::custom)
+    }
+}
+
+impl<'de> Deserialize<'de> for Date {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Date, D::Error> {
+        let text = Cow::<str>::deserialize(deserializer)?;
+        parse_date(&text).map_err(D::Error::custom)
+    }
+}
+
+impl Serialize for Dollars {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Serialize for Date {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
+impl Date {
+    /// Its midnight, milliseconds since the Unix epoch; 0 for days before it.
+    pub fn unix_ms(self) -> u64 {
+        let midnight = self.0.to_zoned(jiff::tz::TimeZone::UTC);
+        midnight.map_or(0, |time| {
+            u64::try_from(time.timestamp().as_millisecond()).unwrap_or(0)
+        })
+    }
+}
+
+/// As the configuration writes it, without needless zeros: `1.25`, `0.000000001`, `500`.
+impl fmt::Display for Dollars {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (whole, nano) = (self.0 / NANO_PER_DOLLAR, self.0 % NANO_PER_DOLLAR);
+        if nano == 0 {
+            return write!(f, "{whole}");
+        }
+        let digits = format!("{nano:09}");
+        write!(f, "{whole}.{}", digits.trim_end_matches('0'))
     }
 }
 
@@ -151,6 +207,47 @@ fn with_unit(text: &str, units: &[(&str, u64)], max: u64) -> Option<Option<u64>>
     Some(number.checked_mul(size).filter(|value| *value <= max))
 }
 
+const NANO_PER_DOLLAR: u64 = 1_000_000_000;
+
+/// Most dollars in one place: a billion leaves sums far from overflow.
+const DOLLARS_MAX: u64 = 1_000_000_000;
+
+/// Parses an amount of US dollars: a decimal number with at most nine digits behind the point, read digit by digit.
+///
+/// # Errors
+/// Says what an amount looks like, or that it is more than a billion dollars.
+pub fn parse_dollars(text: &str) -> Result<Dollars, String> {
+    let wrong = || {
+        format!(
+            "{} is not an amount of dollars; write for example 500, 1.25 or 0.075, with at most nine digits behind the point",
+            quote(text)
+        )
+    };
+    let (whole, part) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    if !digits(whole) || !digits(part) || part.trim_end_matches('0').len() > 9 || whole.len() > 18 {
+        return Err(wrong());
+    }
+    let whole: u64 = whole.parse().map_err(|_| wrong())?;
+    let nano: u64 = format!("{:0<9}", part.trim_end_matches('0'))
+        .parse()
+        .map_err(|_| wrong())?;
+    if whole >= DOLLARS_MAX {
+        return Err(format!("{} is more than a billion dollars", quote(text)));
+    }
+    Ok(Dollars(whole * NANO_PER_DOLLAR + nano))
+}
+
+/// Parses a day such as `2026-01-31`.
+///
+/// # Errors
+/// Says what a day looks like.
+pub fn parse_date(text: &str) -> Result<Date, String> {
+    let date = (text.len() == 10).then(|| text.parse().ok()).flatten();
+    date.map(Date)
+        .ok_or_else(|| format!("{} is not a day; write for example 2026-01-31", quote(text)))
+}
+
 /// Parses a duration of the configuration: a whole number and its unit, or 0.
 ///
 /// # Errors
@@ -209,9 +306,11 @@ fn check_network(text: &str) -> Result<(), String> {
 type Check = fn(&str) -> Result<(), String>;
 
 /// The types of this module as the JSON Schema names them, with what their text must be.
-pub(super) const FORMATS: [(&str, Check); 4] = [
+pub(super) const FORMATS: [(&str, Check); 6] = [
     ("Duration", |text| parse_span(text).map(drop)),
     ("Size", |text| parse_bytes(text).map(drop)),
+    ("Dollars", |text| parse_dollars(text).map(drop)),
+    ("Date", |text| parse_date(text).map(drop)),
     ("Address", check_address),
     ("Network", check_network),
 ];
@@ -241,6 +340,16 @@ string_schema!(Bytes, "Size", {
     "type": "string",
     "pattern": "^(0|[0-9]+ ?(B|KiB|MiB|GiB|TiB))$",
     "description": "A size in bytes: 512B, 64KiB, 8MiB, 1GiB."
+});
+string_schema!(Dollars, "Dollars", {
+    "type": ["string", "number"],
+    "pattern": "^[0-9]+(\\.[0-9]+)?$",
+    "description": "US dollars as a decimal number, exact to nine digits behind the point: 500, 1.25, 0.075."
+});
+string_schema!(Date, "Date", {
+    "type": "string",
+    "format": "date",
+    "description": "A day, UTC: 2026-01-31."
 });
 string_schema!(Address, "Address", {
     "type": "string",

@@ -1,6 +1,8 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod limits;
+mod prices;
 mod runtime;
 mod store;
 mod upstream;
@@ -16,6 +18,7 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+pub use limits::check_budget;
 pub(super) use runtime::is_file_of_access_log;
 
 /// Reports everything that is wrong or doubtful in a configuration whose form is right.
@@ -25,12 +28,15 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     runtime::admin(config, report);
     upstream::providers(config, report);
     upstream::models(config, report);
-    access::teams(config, report);
+    limits::groups(config, &known, report);
     access::keys(config, &known, report);
-    access::limits(config, &known, report);
+    limits::limits(config, &known, report);
+    limits::budgets(config, report);
+    limits::rest(config, report);
     runtime::http(config, report);
     runtime::kernel(config, report);
     runtime::ledger(config, report);
+    prices::check(config, report);
     runtime::log(config, report);
     store::store(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);
@@ -51,6 +57,8 @@ fn root(name: &str) -> Path {
 struct Known<'a> {
     models: HashMap<&'a str, ()>,
     teams: HashMap<&'a str, ()>,
+    organizations: HashMap<&'a str, ()>,
+    providers: HashMap<&'a str, ()>,
     /// Keys with their teams.
     keys: HashMap<&'a str, Option<&'a str>>,
 }
@@ -64,6 +72,12 @@ impl<'a> Known<'a> {
                 .iter()
                 .map(|model| (model.name.as_str(), ()))
                 .collect(),
+            organizations: config
+                .organizations
+                .iter()
+                .map(|organization| (organization.name.as_str(), ()))
+                .collect(),
+            providers: config.providers.keys().map(|name| (name.as_str(), ())).collect(),
             teams: config.teams.iter().map(|team| (team.name.as_str(), ())).collect(),
             keys: keys.map(|key| (key.name.as_str(), key.team.as_deref())).collect(),
         }

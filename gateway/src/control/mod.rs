@@ -5,6 +5,7 @@
 
 mod listen;
 mod plane;
+pub mod quota;
 
 pub mod admin;
 pub mod cluster;
@@ -46,6 +47,9 @@ const TICK: Duration = Duration::from_millis(20);
 
 /// How long the data plane may take to end after [`STOP`]; then the process ends without it.
 const STOP_TIME: Duration = Duration::from_secs(5);
+
+/// How long giving leases back may hold up the end.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
 
 /// Age of a core's heartbeat at which it counts as stuck.
 const HEARTBEAT_MS_MAX: u64 = 5_000;
@@ -99,6 +103,8 @@ impl Gateway {
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
+        let cluster = cluster::join(&config)?;
+        registry.quota = Arc::new(quota::open(&config, cluster.as_deref())?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
         let listeners = listen::open(&config, cores)?;
@@ -121,7 +127,7 @@ impl Gateway {
         )
         .context("cannot start the data plane")?;
         let ledger = Arc::new(ledger);
-        let state = State::new(
+        let mut state = State::new(
             path,
             config,
             shared,
@@ -133,6 +139,7 @@ impl Gateway {
             addresses,
             tls,
         )?;
+        state.cluster = cluster;
         Ok(Gateway {
             state: Arc::new(state),
             threads,
@@ -160,6 +167,7 @@ impl Gateway {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);
+        let cluster = state.cluster.as_ref().map(|cluster| cluster.start(state.clone()));
         let (cores, engine) = (state.shared.cores.len(), state.engine.name());
         tracing::info!(cores, engine, admin = %address, "ready");
         notify::ready();
@@ -172,6 +180,10 @@ impl Gateway {
             threads.join();
         } else {
             tracing::warn!("the data plane did not end in time; ending without it");
+        }
+        if let Some(cluster) = cluster {
+            // Requests that ended have settled: the others need not wait for the leases to run out.
+            cluster.end(LEAVE_TIME).await;
         }
         state.end();
         if let Err(error) = ledger.flush() {

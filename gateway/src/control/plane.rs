@@ -12,7 +12,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{listen::SharedTls, notify};
+use super::{cluster::Cluster, listen::SharedTls, notify, quota::Alerts};
 use crate::{
     config::{
         self, Config,
@@ -48,6 +48,7 @@ pub struct State {
     started: Instant,
     ledger: Arc<Ledger>,
     log: AccessLog,
+    alerts: Alerts,
     resolver: Resolver,
     ticks: AtomicU64,
     /// Blocked clients, as last counted.
@@ -59,6 +60,8 @@ pub struct State {
     /// Locks are for the control thread alone; the data plane has none of them.
     inner: Mutex<Inner>,
     kernel: Result<Mutex<Kernel>, String>,
+    /// What this host shares with others; `None` where it stands alone.
+    pub(super) cluster: Option<Arc<Cluster>>,
 }
 
 /// What a reload changes.
@@ -82,6 +85,7 @@ impl State {
         tls: Vec<SharedTls>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
+        let alerts = Alerts::start(&config.alerts)?;
         resolver.watch(&registry.endpoints.named());
         Ok(State {
             shared,
@@ -90,6 +94,7 @@ impl State {
             started: Instant::now(),
             ledger,
             log,
+            alerts,
             resolver,
             ticks: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
@@ -98,6 +103,7 @@ impl State {
             at_start: config.clone(),
             inner: Mutex::new(Inner { config, registry }),
             kernel: kernel.map(Mutex::new),
+            cluster: None,
         })
     }
 
@@ -105,7 +111,7 @@ impl State {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kernel(&self) -> Result<MutexGuard<'_, Kernel>, String> {
+    pub(super) fn kernel(&self) -> Result<MutexGuard<'_, Kernel>, String> {
         match &self.kernel {
             Ok(kernel) => Ok(kernel.lock().unwrap_or_else(PoisonError::into_inner)),
             Err(reason) => Err(format!("the kernel plane is off: {reason}")),
@@ -114,6 +120,7 @@ impl State {
 
     /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
     pub fn tick(&self) {
+        self.alerts.tick(&self.shared.snapshot.load().quota);
         let kernel = self.kernel().ok();
         for _ in 0..OFFENDERS_PER_TICK {
             let Some(client) = self.shared.refusals.next_offender() else {
@@ -142,7 +149,8 @@ impl State {
         let hold = self.inner().config.kernel.drop.hold.0;
         match kernel.block(client, hold) {
             Ok(()) => {
-                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
+                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked");
+                self.tell_block(client, Some(hold));
             }
             Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
             Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
@@ -216,7 +224,6 @@ impl State {
         }
         self.follow(&config);
         inner.config = config;
-        inner.registry.limits.sweep();
         inner.registry.endpoints.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
@@ -259,6 +266,7 @@ impl State {
         if let Err(error) = self.log.reopen(&Destination::parse(&config.log.access)) {
             tracing::warn!(%error, "the access log stays where it was");
         }
+        self.alerts.follow(&config.alerts);
     }
 
     /// The gateway's state, for `gateway status`.
@@ -281,8 +289,11 @@ impl State {
             "streams_open": totals.streams_open(),
             "requests": totals.requests,
             "refused": totals.refused_total(),
-            "ledger": self.ledger.status(),
+        "ledger": self.ledger.status(),
+            "limits": super::quota::status(&snapshot.quota),
+            "alerts": self.alerts.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
             "kernel": self.kernel_brief(),
+            "store": self.cluster.as_ref().map(|cluster| cluster.status().json()),
             "degraded": self.degraded(&inner.config),
         })
     }
@@ -310,6 +321,11 @@ impl State {
         if let Some(error) = self.ledger.status().trouble {
             degraded.push(format!("ledger: {error}"));
         }
+        degraded.extend(
+            self.cluster
+                .as_ref()
+                .and_then(|cluster| cluster.status().trouble()),
+        );
         degraded
     }
 
@@ -358,12 +374,19 @@ impl State {
     pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
         self.kernel()?
             .block(client, hold)
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        self.tell_block(client, Some(hold));
+        Ok(())
     }
 
     /// Lifts a block; false where there was none.
     pub fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
-        self.kernel()?.unblock(client).map_err(|error| error.to_string())
+        let was_blocked = self
+            .kernel()?
+            .unblock(client)
+            .map_err(|error| error.to_string())?;
+        self.tell_block(client, None);
+        Ok(was_blocked)
     }
 }
 
@@ -436,6 +459,11 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
         (ledger.path.clone(), ledger.sync, ledger.keep)
     };
     note(ledger(before) != ledger(after), "ledger");
+    note(
+        before.limit_state.levels != after.limit_state.levels,
+        "limit_state.levels",
+    );
+    note(before.store != after.store, "store");
     note(before.log.format != after.log.format, "log.format");
     let off = |config: &Config| config.kernel.mode == KernelMode::Off;
     note(

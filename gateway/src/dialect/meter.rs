@@ -34,8 +34,29 @@ pub struct Meter {
     was_hidden: bool,
     /// Joins the data of an event with several `data:` lines.
     joined: Vec<u8>,
+    /// The bound of a stream that has one; boxed, as most have none.
+    bound: Option<Box<Bound>>,
     pub seen: Seen,
 }
+
+/// How far a stream may go.
+struct Bound {
+    /// Output tokens that may be delivered.
+    allowed: u64,
+    /// Count events with text only, of which each is a token at least: where the upstream itself keeps to the client's
+    /// limit, an estimate that is too high must not end the answer.
+    surely: bool,
+    /// The stream has come to its end; what follows is not passed on.
+    exhausted: bool,
+    /// The first event's data, for an end in the stream's own name.
+    opening: Vec<u8>,
+}
+
+/// Longest first event that is kept, bytes; `response.created` repeats instructions and tools.
+const OPENING_BYTES_MAX: usize = 16 * 1024;
+
+/// Asked when a stream has delivered more tokens than it may: how many it may deliver then, or nothing.
+pub type Extend<'a> = &'a mut dyn FnMut(u64) -> Option<u64>;
 
 /// What a stream has told so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -74,18 +95,67 @@ impl Meter {
             is_long: false,
             was_hidden: false,
             joined: Vec::new(),
+            bound: None,
             seen: Seen::default(),
         }
+    }
+
+    /// Bounds the stream to so many output tokens; `surely`: count no estimates.
+    pub fn bound(&mut self, allowed: u64, surely: bool) {
+        self.bound = Some(Box::new(Bound {
+            allowed,
+            surely,
+            exhausted: false,
+            opening: Vec::new(),
+        }));
+    }
+
+    /// Whether the stream has come to its bound.
+    pub fn is_exhausted(&self) -> bool {
+        self.bound.as_ref().is_some_and(|bound| bound.exhausted)
+    }
+
+    /// The data of a bounded stream's first event.
+    pub fn opening(&self) -> &[u8] {
+        self.bound.as_ref().map_or(&[], |bound| &bound.opening)
+    }
+
+    /// After an event: whether the stream has gone too far and gets no more.
+    fn ends_here(&mut self, extend: &mut dyn FnMut(u64) -> Option<u64>) -> bool {
+        let Some(bound) = &mut self.bound else {
+            return false;
+        };
+        let delivered = if bound.surely {
+            self.seen.texts
+        } else {
+            self.seen.tokens_estimated()
+        };
+        if delivered > bound.allowed {
+            match extend(delivered) {
+                Some(allowed) => bound.allowed = allowed,
+                None => bound.exhausted = true,
+            }
+        }
+        bound.exhausted
     }
 
     /// Reads what came. To be sent are first [`Meter::ready`], then the returned part of `payload`, from which
     /// hidden events have been cut.
     pub fn feed(&mut self, payload: &mut [u8]) -> Range<usize> {
+        self.feed_within(payload, &mut |_| None)
+    }
+
+    /// As [`Meter::feed`], for a stream with a bound: where it has delivered more than it may, `extend` is asked. When
+    /// that gives nothing the returned part ends behind the event that went too far ([`Meter::is_exhausted`]).
+    pub fn feed_within(&mut self, payload: &mut [u8], extend: Extend<'_>) -> Range<usize> {
         self.ready.clear();
+        if self.is_exhausted() {
+            return 0..0;
+        }
         if self.hide_usage {
-            self.feed_holding(payload)
+            self.feed_holding(payload, extend)
         } else {
-            self.feed_passing(payload)
+            self.feed_passing(payload, extend)
         }
     }
 
@@ -115,7 +185,7 @@ impl Meter {
         !self.carry.is_empty() && (!self.hide_usage || self.is_long)
     }
 
-    fn feed_passing(&mut self, payload: &[u8]) -> Range<usize> {
+    fn feed_passing(&mut self, payload: &[u8], extend: Extend<'_>) -> Range<usize> {
         let mut from = 0;
         while let Some(length) = self.framer.next_end(&payload[from..]) {
             let event = &payload[from..from + length];
@@ -126,18 +196,24 @@ impl Meter {
                 self.reset_carry();
             }
             from += length;
+            if self.ends_here(extend) {
+                return 0..from;
+            }
         }
         self.carry_over(&payload[from..]);
         0..payload.len()
     }
 
-    fn feed_holding(&mut self, payload: &mut [u8]) -> Range<usize> {
+    fn feed_holding(&mut self, payload: &mut [u8], extend: Extend<'_>) -> Range<usize> {
         let (mut from, mut kept) = (0, 0..0);
         while let Some(length) = self.framer.next_end(&payload[from..]) {
             let mut event = from..from + length;
             from = event.end;
             if !self.carry.is_empty() {
                 self.end_held(&payload[event]);
+                if self.ends_here(extend) {
+                    return 0..0;
+                }
                 continue;
             }
             let shown = self.look(&payload[event.clone()]);
@@ -150,6 +226,9 @@ impl Meter {
                     payload.copy_within(event.clone(), kept.end);
                 }
                 kept.end += event.len();
+            }
+            if self.ends_here(extend) {
+                return kept;
             }
         }
         if kept.is_empty() {
@@ -237,6 +316,13 @@ impl Meter {
     fn look(&mut self, event: &[u8]) -> bool {
         // The LF of a CRLF may come only after its event was taken for ended.
         let event = event.trim_ascii_start();
+        if let Some(bound) = &mut self.bound
+            && bound.opening.is_empty()
+            && event.len() <= OPENING_BYTES_MAX
+            && let Some(data) = sse::data(event).payload(&mut self.joined)
+        {
+            bound.opening.extend_from_slice(data);
+        }
         if usage::may_have_usage(event) && self.look_for_usage(event) {
             return false;
         }
@@ -358,6 +444,10 @@ mod tests {
         cached: 0,
         completion: 2,
         reasoning: 0,
+        cache_write_5m: 0,
+        cache_write_1h: 0,
+        tier: crate::dialect::Tier::Default,
+        clamped: false,
     };
 
     /// What a client receives when the stream comes in the given pieces.
@@ -434,6 +524,34 @@ mod tests {
                 );
                 assert!(meter.carry.capacity() <= CARRY_KEPT_BYTES);
                 assert_eq!(meter.seen.usage, Some(TOLD));
+            }
+        }
+    }
+
+    #[test]
+    fn a_bounded_stream_ends_behind_the_event_that_goes_too_far() {
+        let bytes = format!("{}{USAGE}{DONE}", CHUNK.repeat(9));
+        for hide in [false, true] {
+            for size in 1..=bytes.len() {
+                let mut meter = Meter::new(Api::ChatCompletions, hide);
+                // "hello" is one token: 2 at first, 3 more when asked, then no more. The sixth goes too far.
+                meter.bound(2, false);
+                let (mut asked, mut out) = (Vec::new(), Vec::new());
+                for piece in bytes.as_bytes().chunks(size) {
+                    let mut piece = piece.to_vec();
+                    let range = meter.feed_within(&mut piece, &mut |delivered| {
+                        asked.push(delivered);
+                        (asked.len() == 1).then_some(5)
+                    });
+                    out.extend_from_slice(meter.ready());
+                    out.extend_from_slice(&piece[range]);
+                    if meter.is_exhausted() {
+                        break;
+                    }
+                }
+                assert_eq!(asked, [3, 6], "hide {hide}, pieces of {size}");
+                assert_eq!(String::from_utf8(out).expect("text"), CHUNK.repeat(6));
+                assert!(meter.opening().starts_with(b"{\"choices\""));
             }
         }
     }

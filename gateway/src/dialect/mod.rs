@@ -64,21 +64,84 @@ impl Api {
     }
 }
 
-/// Tokens of one request, in OpenAI's sense: `prompt` includes `cached`, `completion` includes
-/// `reasoning`.
+/// The service tier in which a provider served a request; `u8` on disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Tier {
+    #[default]
+    Default = 0,
+    Priority = 1,
+    Flex = 2,
+    Batch = 3,
+}
+
+impl Tier {
+    /// The tier of a provider's word; words for the usual service, and unknown ones, are the default tier.
+    pub fn of(word: &str) -> Tier {
+        match word {
+            "priority" => Tier::Priority,
+            "flex" => Tier::Flex,
+            "batch" => Tier::Batch,
+            _ => Tier::Default,
+        }
+    }
+
+    /// The word in the ledger's output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Tier::Default => "default",
+            Tier::Priority => "priority",
+            Tier::Flex => "flex",
+            Tier::Batch => "batch",
+        }
+    }
+
+    /// The inverse of `self as u8`.
+    pub fn from_u8(value: u8) -> Option<Tier> {
+        Some(match value {
+            0 => Tier::Default,
+            1 => Tier::Priority,
+            2 => Tier::Flex,
+            3 => Tier::Batch,
+            _ => return None,
+        })
+    }
+}
+
+/// Tokens of one request, in OpenAI's sense: `prompt` includes `cached` and what was written to the cache, `completion`
+/// includes `reasoning`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// All input tokens.
     pub prompt: u64,
     /// Input tokens read from the provider's cache; at most `prompt`.
     pub cached: u64,
+    /// Input tokens written to the provider's cache for five minutes, and for an hour; with `cached` at most `prompt`.
+    pub cache_write_5m: u64,
+    pub cache_write_1h: u64,
     /// All output tokens.
     pub completion: u64,
     /// Output tokens spent on reasoning; at most `completion`.
     pub reasoning: u64,
+    /// The tier that the provider told.
+    pub tier: Tier,
+    /// The provider's figures contradicted themselves and were brought within their bounds.
+    pub clamped: bool,
 }
 
 impl Usage {
+    /// Brings parts within their wholes: more cached than there was input, more reasoning than output.
+    pub fn clamp(mut self) -> Usage {
+        let told = self;
+        self.cached = self.cached.min(self.prompt);
+        let left = self.prompt - self.cached;
+        self.cache_write_1h = self.cache_write_1h.min(left);
+        self.cache_write_5m = self.cache_write_5m.min(left - self.cache_write_1h);
+        self.reasoning = self.reasoning.min(self.completion);
+        self.clamped |= self != told;
+        self
+    }
+
     /// Input and output together.
     pub fn total(&self) -> u64 {
         self.prompt.saturating_add(self.completion)

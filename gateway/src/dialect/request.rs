@@ -29,6 +29,8 @@ pub struct Call<'b> {
     pub output_max: Option<u64>,
     /// How many answers are to be generated, each of which may be as long as the limit permits; at least 1.
     pub choices: u64,
+    /// The end user that the body names, as far as it is a text.
+    pub user: Option<Cow<'b, str>>,
     model_value: Range<usize>,
     edit: Option<Edit>,
 }
@@ -48,6 +50,7 @@ struct Found<'b> {
     stream_options: Option<json::Member<'b>>,
     output_max: Option<u64>,
     choices: Option<u64>,
+    user: Option<Cow<'b, str>>,
 }
 
 impl<'b> Call<'b> {
@@ -76,6 +79,7 @@ impl<'b> Call<'b> {
             hide_usage: false,
             output_max: found.output_max.map(|max| max.saturating_mul(choices)),
             choices,
+            user: found.user,
             model_value,
             edit: None,
         };
@@ -179,6 +183,8 @@ impl<'b> Found<'b> {
                     });
                     seen_output = true;
                 }
+                // The first counts; what an upstream makes of a second is nothing to limits.
+                "user" if found.user.is_none() => found.user = member.as_str(),
                 // `best_of` of Completions: all of them are generated, and counted.
                 "n" | "best_of" => found.choices = found.choices.max(member.as_u64()),
                 other => refuse_variant(other, &CONCERNING)?,

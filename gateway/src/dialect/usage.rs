@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use memchr::memmem::Finder;
 use serde::Deserialize;
 
-use super::{Api, Usage, json};
+use super::{Api, Tier, Usage, json};
 use crate::bounds::USAGE_TOKENS_MAX;
 
 /// The needle. In JSON a quote inside a string is escaped, so unescaped `"usage"` is a whole string: a key, or a
@@ -25,12 +25,24 @@ struct Wire {
     input_tokens_details: Option<InputDetails>,
     completion_tokens_details: Option<OutputDetails>,
     output_tokens_details: Option<OutputDetails>,
+    /// Compatible servers in front of Anthropic's API tell cache writes as it does.
+    cache_creation_input_tokens: Option<u64>,
+    cache_creation: Option<CacheCreation>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 struct InputDetails {
     cached_tokens: Option<u64>,
+    cache_write_tokens: Option<u64>,
+    cache_creation_tokens: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct CacheCreation {
+    ephemeral_5m_input_tokens: Option<u64>,
+    ephemeral_1h_input_tokens: Option<u64>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -57,17 +69,21 @@ pub fn find(api: Api, json: &[u8]) -> Option<Usage> {
         return None;
     }
     let mut found = None;
+    let mut tier = None;
     for member in json::members(json) {
         // What is malformed further on does not take back what stood before.
         let Ok(member) = member else { break };
-        if member.kind != json::Kind::Object {
-            continue;
-        }
-        match member.key.as_ref() {
-            "usage" => found = parse(&json[member.value]).or(found),
-            "response" if api == Api::Responses => found = find(api, &json[member.value]).or(found),
+        match (member.key.as_ref(), member.kind) {
+            ("usage", json::Kind::Object) => found = parse(&json[member.value]).or(found),
+            ("response", json::Kind::Object) if api == Api::Responses => {
+                found = find(api, &json[member.value]).or(found);
+            }
+            ("service_tier", json::Kind::String) => tier = member.as_str().map(|word| Tier::of(&word)),
             _ => {}
         }
+    }
+    if let (Some(usage), Some(tier)) = (&mut found, tier) {
+        usage.tier = tier;
     }
     found
 }
@@ -115,20 +131,36 @@ fn parse(object: &[u8]) -> Option<Usage> {
     if prompt.max(completion) > USAGE_TOKENS_MAX {
         return None;
     }
-    let cached = wire
+    let input = wire
         .prompt_tokens_details
         .or(wire.input_tokens_details)
-        .and_then(|d| d.cached_tokens);
-    let reasoning = wire
+        .unwrap_or_default();
+    let output = wire
         .completion_tokens_details
         .or(wire.output_tokens_details)
-        .and_then(|d| d.reasoning_tokens);
-    Some(Usage {
+        .unwrap_or_default();
+    let write_1h = wire
+        .cache_creation
+        .as_ref()
+        .and_then(|c| c.ephemeral_1h_input_tokens)
+        .unwrap_or(0);
+    // The sum of both, where it is told, goes before the parts; what is not said to last an hour lasts five minutes.
+    let writes = wire
+        .cache_creation_input_tokens
+        .or(input.cache_write_tokens)
+        .or(input.cache_creation_tokens)
+        .map(|sum| sum.saturating_sub(write_1h));
+    let write_5m = writes.or(wire.cache_creation.and_then(|c| c.ephemeral_5m_input_tokens));
+    let usage = Usage {
         prompt,
-        cached: cached.unwrap_or(0).min(prompt),
+        cached: input.cached_tokens.unwrap_or(0),
+        cache_write_5m: write_5m.unwrap_or(0),
+        cache_write_1h: write_1h,
         completion,
-        reasoning: reasoning.unwrap_or(0).min(completion),
-    })
+        reasoning: output.reasoning_tokens.unwrap_or(0),
+        ..Usage::default()
+    };
+    Some(usage.clamp())
 }
 
 #[cfg(test)]
@@ -142,6 +174,10 @@ mod tests {
         cached: 3,
         completion: 11,
         reasoning: 2,
+        cache_write_5m: 0,
+        cache_write_1h: 0,
+        tier: Tier::Default,
+        clamped: false,
     };
 
     #[test]
@@ -176,8 +212,37 @@ mod tests {
             cached: 1,
             completion: 6,
             reasoning: 4,
+            ..Usage::default()
         };
         assert_eq!(find(Api::Responses, event), Some(expected));
+    }
+
+    #[test]
+    fn tiers_and_cache_writes_are_told_apart() {
+        let told = |json: &str| find(Api::ChatCompletions, json.as_bytes()).expect("usage");
+        let tier = told(r#"{"service_tier":"flex","usage":{"prompt_tokens":1},"x":1}"#).tier;
+        assert_eq!(tier, Tier::Flex);
+        assert_eq!(
+            told(r#"{"service_tier":null,"usage":{"prompt_tokens":1}}"#).tier,
+            Tier::Default
+        );
+        let usage = told(
+            r#"{"usage":{"prompt_tokens":100,"cache_creation_input_tokens":30,
+            "cache_creation":{"ephemeral_5m_input_tokens":20,"ephemeral_1h_input_tokens":10}}}"#,
+        );
+        assert_eq!(
+            (usage.cache_write_5m, usage.cache_write_1h, usage.clamped),
+            (20, 10, false)
+        );
+        let usage = told(
+            r#"{"usage":{"prompt_tokens":100,"prompt_tokens_details":{"cached_tokens":90,"cache_write_tokens":30}}}"#,
+        );
+        assert_eq!(
+            (usage.cached, usage.cache_write_5m, usage.clamped),
+            (90, 10, true)
+        );
+        let event = br#"{"type":"response.completed","response":{"service_tier":"priority","usage":{"input_tokens":5}}}"#;
+        assert_eq!(find(Api::Responses, event).expect("usage").tier, Tier::Priority);
     }
 
     #[test]
@@ -190,7 +255,11 @@ mod tests {
     #[test]
     fn the_invariants_hold_whatever_is_told() {
         let odd = br#"{"usage":{"prompt_tokens":2,"prompt_tokens_details":{"cached_tokens":9}}}"#;
-        assert_eq!(find(Api::ChatCompletions, odd).expect("usage").cached, 2);
+        let usage = find(Api::ChatCompletions, odd).expect("usage");
+        assert_eq!((usage.cached, usage.clamped), (2, true));
+        let odd = br#"{"usage":{"completion_tokens":2,"completion_tokens_details":{"reasoning_tokens":9}}}"#;
+        let usage = find(Api::ChatCompletions, odd).expect("usage");
+        assert_eq!((usage.reasoning, usage.clamped), (2, true));
         let huge = br#"{"usage":{"prompt_tokens":1,"completion_tokens":18446744073709551615}}"#;
         assert_eq!(find(Api::ChatCompletions, huge), None);
     }

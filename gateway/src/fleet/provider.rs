@@ -15,6 +15,7 @@ use rustls::ClientConfig;
 
 use crate::{
     config::{self, schema, units::Secret},
+    ledger::prices::Tariff,
     net::tls,
 };
 
@@ -26,6 +27,8 @@ pub struct Provider {
     pub authorization: Option<Secret>,
     /// Where it is reached; never empty.
     pub endpoints: Vec<Arc<Endpoint>>,
+    /// What becomes of a running answer when its client hangs up.
+    pub on_disconnect: schema::OnDisconnect,
 }
 
 /// One base URL of a provider.
@@ -54,6 +57,8 @@ pub struct Target {
     pub weight: u32,
     /// Lower goes first.
     pub priority: u32,
+    /// What its tokens cost, over time.
+    pub tariff: Tariff,
 }
 
 /// All endpoints of the process' life that are in use, so that a reload finds those that stay and keeps their
@@ -91,6 +96,7 @@ impl Endpoints {
             name: name.into(),
             authorization,
             endpoints,
+            on_disconnect: schema.on_disconnect,
         })
     }
 

@@ -63,6 +63,7 @@ mod tests {
             name: "p".into(),
             authorization: None,
             endpoints: Vec::new(),
+            on_disconnect: Default::default(),
         });
         let target = |&(weight, priority)| Target {
             provider: provider.clone(),
@@ -70,6 +71,7 @@ mod tests {
             model_json: b"\"m\"".to_vec(),
             weight,
             priority,
+            tariff: Default::default(),
         };
         weights.iter().map(target).collect()
     }

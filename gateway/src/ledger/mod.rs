@@ -13,6 +13,7 @@
 
 mod archive;
 mod journal;
+pub mod prices;
 pub mod read;
 pub mod record;
 mod replay;

@@ -144,6 +144,18 @@ impl Flags {
     pub const RETRIED: Flags = Flags(4);
     /// Not the first target answered.
     pub const FALLBACK: Flags = Flags(8);
+    /// A limit ended the answer.
+    pub const CUT: Flags = Flags(16);
+    /// The upstream failed, or answered with an error.
+    pub const UPSTREAM_ERROR: Flags = Flags(32);
+    /// The answer came from the gateway's own cache.
+    pub const CACHE_HIT: Flags = Flags(64);
+    /// Nobody knows the price.
+    pub const UNPRICED: Flags = Flags(128);
+    /// The client was gone, and the rest of the answer was read for its usage.
+    pub const DRAINED: Flags = Flags(256);
+    /// The provider's figures contradicted themselves and were brought within their bounds.
+    pub const CLAMPED: Flags = Flags(512);
 
     /// Whether all bits of `other` are set.
     pub fn has(self, other: Flags) -> bool {
@@ -308,6 +320,7 @@ impl<'a> RecordView<'a> {
                 cached: u64_at(40),
                 completion: u64_at(48),
                 reasoning: u64_at(56),
+                ..Usage::default()
             },
             ttft_us: u64_at(64),
             duration_us: u64_at(72),
@@ -372,6 +385,7 @@ pub(super) mod tests {
                 cached: numbers[2],
                 completion: numbers[3],
                 reasoning: numbers[4],
+                ..Usage::default()
             },
             ttft_us: numbers[5],
             duration_us: numbers[6],
@@ -401,6 +415,7 @@ pub(super) mod tests {
                 cached: 0,
                 completion: 1,
                 reasoning: 0,
+                ..Usage::default()
             },
             ttft_us: 1,
             duration_us: 2,

@@ -61,6 +61,7 @@ impl Counters {
             cached,
             completion,
             reasoning,
+            ..
         } = record.usage;
         let mut counters = Counters {
             requests: 1,

@@ -16,6 +16,7 @@ pub mod runtime;
 pub mod signal;
 pub mod tcp;
 pub mod tls;
+pub mod words;
 
 pub use conn::Conn;
 pub use race::{Either, race};

@@ -70,6 +70,8 @@ pub struct Leased {
     largest: AtomicU64,
     /// Units that no host has, as the store last said.
     free: AtomicU64,
+    /// Units that all hosts have used, as the store last said.
+    used: AtomicU64,
     /// When the level will be unused (bucket) or begins anew, as the store last said; monotonic nanoseconds.
     reset_at_ns: AtomicU64,
 }
@@ -79,6 +81,8 @@ pub struct Leased {
 pub struct LeaseStanding {
     /// Units left: of this host's lease and those that no host has.
     pub remaining: u64,
+    /// Units left of this host's lease: what can be had at once.
+    pub spare: u64,
     /// Until nothing of it is used any more, nanoseconds.
     pub reset_ns: u64,
     /// Until asking again makes sense, nanoseconds; 0 when it was granted.
@@ -111,6 +115,8 @@ pub struct Grant {
     pub until_ns: u64,
     /// Units that no host has.
     pub free: u64,
+    /// Units that all hosts have used.
+    pub used: u64,
     /// When the level will be unused or begins anew, monotonic nanoseconds.
     pub reset_at_ns: u64,
 }
@@ -132,6 +138,7 @@ impl Leased {
             wanted: AtomicU64::new(0),
             largest: AtomicU64::new(0),
             free: AtomicU64::new(amount),
+            used: AtomicU64::new(0),
             reset_at_ns: AtomicU64::new(0),
         }
     }
@@ -166,6 +173,11 @@ impl Leased {
             self.wanted.fetch_max(units, Relaxed);
             return Err(self.refusal(units, now_ns, stale));
         }
+        Ok(self.counted(units, now_ns))
+    }
+
+    /// What follows when units were taken.
+    fn counted(&self, units: u64, now_ns: u64) -> LeaseStanding {
         if let Kind::Bucket { .. } = self.kind {
             self.spent.fetch_add(units, SeqCst);
         }
@@ -177,7 +189,18 @@ impl Leased {
         if let Kind::Bucket { window_ns } = self.kind {
             standing.reset_ns = (standing.reset_ns + self.cost_ns(units, window_ns)).min(window_ns);
         }
-        Ok(standing)
+        standing
+    }
+
+    /// Takes `units` although there may be no room: by rules that only count. It is settled as a reservation is.
+    pub fn take_anyway(&self, units: u64, now_ns: u64) -> LeaseStanding {
+        self.taken.fetch_add(units, SeqCst);
+        self.counted(units, now_ns)
+    }
+
+    /// Units that all hosts have used: as the store last said, and at least what this host has.
+    pub fn used(&self) -> u64 {
+        self.used.load(Relaxed).max(self.spent.load(Relaxed))
     }
 
     fn take(&self, units: u64) -> bool {
@@ -245,6 +268,7 @@ impl Leased {
             .saturating_sub(self.taken.load(Relaxed));
         LeaseStanding {
             remaining: spare.saturating_add(self.free.load(Relaxed)).min(self.amount()),
+            spare,
             reset_ns: self.reset_ns(now_ns),
             retry_after_ns: 0,
             stale: false,
@@ -319,6 +343,7 @@ impl Leased {
     /// Puts a lease in force. It never takes units away: [`Leased::lower`] does. For the control thread alone.
     pub fn grant(&self, grant: &Grant) {
         self.free.store(grant.free, Relaxed);
+        self.used.store(grant.used, Relaxed);
         self.reset_at_ns.store(grant.reset_at_ns, Relaxed);
         self.allowance.fetch_max(grant.allowance, SeqCst);
         self.answered.store(true, SeqCst);
@@ -368,6 +393,7 @@ mod tests {
             allowance,
             until_ns: NOW + SECOND,
             free: 0,
+            used: 0,
             reset_at_ns: NOW + MINUTE,
         }
     }

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     sync::{
         Arc,
-        atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
 };
 
@@ -24,6 +24,8 @@ type Shard = HashMap<u64, Arc<Leased>>;
 pub struct Directory {
     shards: Box<[ArcSwap<Shard>]>,
     count: AtomicUsize,
+    /// A request was refused for want of a lease: the next round should come at once.
+    hungry: AtomicBool,
     /// Percent of the amount that may be used of a new level before the store has answered.
     first_share: AtomicU64,
     /// How long such an opening lasts, nanoseconds; 0: nothing may be used.
@@ -41,6 +43,7 @@ impl Default for Directory {
         Directory {
             shards: (0..LEASED_SHARDS).map(|_| ArcSwap::default()).collect(),
             count: AtomicUsize::new(0),
+            hungry: AtomicBool::new(false),
             first_share: AtomicU64::new(0),
             opening_ns: AtomicU64::new(0),
             offset_ms: AtomicI64::new(0),
@@ -116,6 +119,22 @@ impl Directory {
     /// Sets it. For the control thread.
     pub fn set_offset_ms(&self, offset_ms: i64) {
         self.offset_ms.store(offset_ms, Relaxed);
+    }
+
+    /// Asks for a round at once.
+    pub fn hurry(&self) {
+        self.hungry.store(true, Relaxed);
+    }
+
+    /// Whether a round was asked for since the last look. For the control thread.
+    pub fn take_hurry(&self) -> bool {
+        self.hungry.load(Relaxed) && self.hungry.swap(false, Relaxed)
+    }
+
+    /// The level of a policy and subject, if it is in use.
+    pub fn find(&self, id: u64, kind: Kind) -> Option<Arc<Leased>> {
+        let place = place(id, kind);
+        self.shard(place).load().get(&place).cloned()
     }
 
     /// Takes a level out, if it is still this one. For the control thread.

@@ -1,377 +1,526 @@
-//! Limit policies: which levels a request must pass, all of them or none.
+//! Limit policies: which of them bind a request, and which level of each.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{collections::HashMap, net::IpAddr, sync::Arc};
 
-use super::gcra::{Level, Rate, Standing};
-use crate::config::schema::{Config, Key, Limit};
+use ipnet::IpNet;
+use jiff::tz::TimeZone;
 
-/// The levels of all limits, kept over reloads so that a new configuration does not forget what was used.
-#[derive(Default)]
-pub struct Table {
-    levels: HashMap<String, Arc<Level>>,
+use super::{
+    calendar::{Calendar, Part},
+    identity::{mix, of_client, of_name},
+    levels::Shelf,
+    rule::{Rule, Unit},
+    window::Window,
+};
+use crate::config::{
+    Config,
+    schema::{Limit, Match, Per, WindowKind},
+    units::Span,
+};
+
+/// Whose request it is, as limits know them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Ids {
+    pub key: u64,
+    /// 0 for none.
+    pub team: u64,
+    /// 0 for none.
+    pub organization: u64,
 }
 
-/// What a limit counts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
-    /// Requests, when they are accepted.
-    Requests,
-    /// Tokens, input and output.
-    Tokens,
-}
-
-impl Unit {
-    /// The word used in answers and headers.
-    pub fn name(self) -> &'static str {
-        match self {
-            Unit::Requests => "requests",
-            Unit::Tokens => "tokens",
+impl Ids {
+    /// Of names; the empty one stands for none.
+    pub fn new(key: &str, team: &str, organization: &str) -> Ids {
+        Ids {
+            key: of_name(key),
+            team: of_name(team),
+            organization: of_name(organization),
         }
     }
 }
 
-/// A limit as it binds one key.
-#[derive(Debug, Clone)]
-pub struct Bound {
-    /// What it counts.
-    pub unit: Unit,
-    /// How much in what time.
-    pub rate: Rate,
-    /// Binds requests for this model only; `None`: for all.
-    pub model: Option<Arc<str>>,
-    /// How the limit is called in answers: `limits[2]`, its place in the configuration.
-    pub name: Arc<str>,
-    level: Arc<Level>,
+/// A request as policies look at it.
+pub struct Facts<'a> {
+    pub ids: Ids,
+    /// Empty where the request names none.
+    pub user: &'a str,
+    /// The virtual model.
+    pub model: &'a str,
+    pub path: &'a str,
+    pub client: IpAddr,
+    /// Values of the request's headers, by name.
+    pub header: &'a dyn Fn(&str) -> Option<&'a [u8]>,
 }
 
-/// What a request may use at most, as far as that is known before it runs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Estimate {
-    /// Input tokens, estimated from the body's size.
-    pub input: u64,
-    /// Output tokens that the request permits, or the model's default.
-    pub output: u64,
-    /// The client named its output limit itself. Otherwise the reservation shrinks to what a limit can
-    /// grant at all, because the client cannot know of the default.
-    pub output_is_explicit: bool,
+/// The subjects of a request, as far as policies count by them.
+#[derive(Debug, Clone, Copy)]
+pub struct Subjects {
+    pub ids: Ids,
+    user: u64,
+    model: u64,
+    client: u64,
 }
 
-/// Why a request was not admitted.
-#[derive(Debug, Clone)]
-pub struct Denied {
-    /// The limit that refused.
-    pub name: Arc<str>,
-    pub unit: Unit,
-    pub rate: Rate,
-    pub standing: Standing,
-    /// Units that were asked for.
-    pub asked: u64,
-    /// It can never be admitted: it asks for more than a whole window grants.
-    pub never: bool,
-}
-
-/// How the tightest limit of each unit stands, for `x-ratelimit-*`.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Report {
-    pub requests: Option<(Rate, Standing)>,
-    pub tokens: Option<(Rate, Standing)>,
-}
-
-/// What an admitted request holds. Settled exactly once, by value.
-#[must_use = "a reservation that is not settled is used up whole"]
-#[derive(Debug, Default)]
-pub struct Reservation {
-    holds: Vec<Hold>,
-}
-
+/// A policy, ready to be asked.
 #[derive(Debug)]
-struct Hold {
-    unit: Unit,
-    rate: Rate,
-    level: Arc<Level>,
-    reserved: u64,
-    /// When time alone will have given it back.
-    until_ns: u64,
+pub struct Policy {
+    pub rule: Rule,
+    matches: Matcher,
+    per: Vec<Per>,
 }
 
-/// A granted request.
-pub struct Admission {
-    pub reservation: Reservation,
-    pub report: Report,
+/// All policies of a configuration, in its order.
+#[derive(Debug, Default)]
+pub struct Policies {
+    all: Vec<Policy>,
+    /// Places of those that name no key, team or organization, and of those that do: so that a request looks at its own
+    /// only, however many keys have limits of their own.
+    general: Vec<u32>,
+    by_key: HashMap<u64, Vec<u32>>,
+    by_team: HashMap<u64, Vec<u32>>,
+    by_organization: HashMap<u64, Vec<u32>>,
+    /// Whether any counts by user or client.
+    counts_users: bool,
 }
 
-impl Table {
-    /// The bounds of one key, in the order of the configuration.
-    pub fn bounds(&mut self, config: &Config, key: &Key) -> Vec<Bound> {
-        let mut bounds = Vec::new();
+/// Text in which `*` stands for any text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Glob(Box<str>);
+
+#[derive(Debug, Default)]
+struct Matcher {
+    key: Option<u64>,
+    team: Option<u64>,
+    organization: Option<u64>,
+    user: Option<Glob>,
+    model: Option<Glob>,
+    provider: Option<Glob>,
+    header: Option<(Box<str>, Option<Glob>)>,
+    path: Option<Glob>,
+    client: Option<Vec<IpNet>>,
+}
+
+impl Glob {
+    /// A pattern.
+    pub fn new(pattern: &str) -> Glob {
+        Glob(pattern.into())
+    }
+
+    /// Whether a text is one of those that the pattern stands for. Time: the product of both lengths at most.
+    pub fn matches(&self, text: &[u8]) -> bool {
+        let pattern = self.0.as_bytes();
+        let (mut at, mut from) = (0, 0);
+        // Where to go on when what follows the last star does not fit: the star takes one byte more.
+        let mut retry = None;
+        while from < text.len() {
+            if pattern.get(at) == Some(&b'*') {
+                retry = Some((at + 1, from));
+                at += 1;
+            } else if pattern.get(at) == Some(&text[from]) {
+                (at, from) = (at + 1, from + 1);
+            } else if let Some((behind, taken)) = retry {
+                retry = Some((behind, taken + 1));
+                (at, from) = (behind, taken + 1);
+            } else {
+                return false;
+            }
+        }
+        pattern[at..].iter().all(|&byte| byte == b'*')
+    }
+}
+
+impl Policies {
+    /// Compiles the limits of a valid configuration.
+    pub fn new(config: &Config) -> Policies {
+        let mut policies = Policies::default();
         let mut places = HashMap::new();
         for (index, limit) in config.limits.iter().enumerate() {
-            if !applies(limit, key) {
-                continue;
-            }
-            for (unit, amount) in [(Unit::Requests, limit.requests), (Unit::Tokens, limit.tokens)] {
-                let Some(amount) = amount else { continue };
-                let rate = Rate {
-                    amount: amount.max(1),
-                    window_ns: limit.every.0.as_nanos() as u64,
-                };
-                bounds.push(Bound {
-                    unit,
-                    rate,
-                    model: limit.matches.model.as_deref().map(Arc::from),
-                    name: format!("limits[{index}]").into(),
-                    level: self.level(limit, key, unit, &mut places),
-                });
+            for (unit, amount) in amounts(limit) {
+                policies.add(policy(limit, index, unit, amount, &mut places));
             }
         }
-        bounds
+        policies
     }
 
-    /// A level is known by what its limit matches and its window, not by its amount or its place: changing the
-    /// amount keeps the share that is used up. Limits that are alike in all that are told apart by their order, which
-    /// `places` counts: two of them on one level would each pay for the other.
-    fn level(
-        &mut self,
-        limit: &Limit,
-        key: &Key,
-        unit: Unit,
-        places: &mut HashMap<String, usize>,
-    ) -> Arc<Level> {
-        let matches = &limit.matches;
-        let mut identity = format!(
-            "{:?} {:?} {:?} {:?} {:?} {}",
-            matches.key, matches.team, matches.model, limit.every, unit, key.name,
-        );
-        let place = places.entry(identity.clone()).or_default();
-        identity.push_str(&format!(" {place}"));
-        *place += 1;
-        self.levels.entry(identity).or_default().clone()
+    fn add(&mut self, policy: Policy) {
+        let index = self.all.len() as u32;
+        let matches = &policy.matches;
+        let list = match (matches.key, matches.team, matches.organization) {
+            (Some(key), ..) => self.by_key.entry(key).or_default(),
+            (_, Some(team), _) => self.by_team.entry(team).or_default(),
+            (.., Some(organization)) => self.by_organization.entry(organization).or_default(),
+            _ => &mut self.general,
+        };
+        list.push(index);
+        self.counts_users |= policy
+            .per
+            .iter()
+            .any(|per| matches!(per, Per::User | Per::Client));
+        self.all.push(policy);
     }
 
-    /// Forgets levels that no snapshot uses any more.
-    pub fn sweep(&mut self) {
-        self.levels.retain(|_, level| Arc::strong_count(level) > 1);
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.all.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// The policy at a place.
+    pub fn get(&self, place: u32) -> &Policy {
+        &self.all[place as usize]
+    }
+
+    /// The places of all that bind a request, in their order. Those that ask for a provider are among them, whatever
+    /// it is.
+    pub fn of<'p>(&'p self, facts: &'p Facts<'_>) -> impl Iterator<Item = u32> + 'p {
+        let list = |map: &'p HashMap<u64, Vec<u32>>, id: u64| match map.is_empty() || id == 0 {
+            true => &[][..],
+            false => map.get(&id).map_or(&[][..], Vec::as_slice),
+        };
+        let ids = facts.ids;
+        let mut lists = [
+            &self.general[..],
+            list(&self.by_key, ids.key),
+            list(&self.by_team, ids.team),
+            list(&self.by_organization, ids.organization),
+        ];
+        let merged = std::iter::from_fn(move || {
+            let heads = lists.iter_mut().filter(|list| !list.is_empty());
+            let first = heads.min_by_key(|list| list[0])?;
+            let (head, rest) = first.split_first()?;
+            *first = rest;
+            Some(*head)
+        });
+        merged.filter(|&place| self.get(place).matches.fits(facts))
+    }
+
+    /// The subjects of a request.
+    pub fn subjects(&self, facts: &Facts<'_>) -> Subjects {
+        let (mut user, mut client) = (0, 0);
+        if self.counts_users {
+            user = of_name(facts.user);
+            client = of_client(facts.client);
+        }
+        Subjects {
+            ids: facts.ids,
+            user,
+            model: if self.is_empty() { 0 } else { of_name(facts.model) },
+            client,
+        }
     }
 }
 
-fn applies(limit: &Limit, key: &Key) -> bool {
-    let matches = &limit.matches;
-    matches.key.as_ref().is_none_or(|name| *name == key.name)
-        && matches
-            .team
+impl Policy {
+    /// Whether it can be asked only when a target has been chosen.
+    pub fn wants_provider(&self) -> bool {
+        self.matches.provider.is_some() || self.per.contains(&Per::Provider)
+    }
+
+    /// Whether it concerns requests to a provider.
+    pub fn fits_provider(&self, provider: &str) -> bool {
+        let wanted = &self.matches.provider;
+        wanted
             .as_ref()
-            .is_none_or(|team| Some(team) == key.team.as_ref())
+            .is_none_or(|wanted| wanted.matches(provider.as_bytes()))
+    }
+
+    /// What a request's level is known by.
+    pub fn level_id(&self, subjects: &Subjects, provider: &str) -> u64 {
+        self.per.iter().fold(self.rule.id, |id, per| {
+            let subject = match per {
+                Per::Key => subjects.ids.key,
+                Per::Team => subjects.ids.team,
+                Per::Organization => subjects.ids.organization,
+                Per::User => subjects.user,
+                Per::Model => subjects.model,
+                Per::Provider => of_name(provider),
+                Per::Client => subjects.client,
+                Per::Shared => 0,
+            };
+            mix(id, subject)
+        })
+    }
+
+    /// Who has an own count, for people.
+    pub fn per(&self) -> &[Per] {
+        &self.per
+    }
 }
 
-/// Reserves against all bounds that concern `model`, all or nothing.
-pub fn admit(bounds: &[Bound], model: &str, estimate: &Estimate, now_ns: u64) -> Result<Admission, Denied> {
-    let mut admission = Admission {
-        reservation: Reservation::default(),
-        report: Report::default(),
+impl Matcher {
+    fn new(matches: &Match) -> Matcher {
+        let id = |name: &Option<String>| name.as_deref().map(of_name);
+        let glob = |pattern: &Option<String>| pattern.as_deref().map(Glob::new);
+        Matcher {
+            key: id(&matches.key),
+            team: id(&matches.team),
+            organization: id(&matches.organization),
+            user: glob(&matches.user),
+            model: glob(&matches.model),
+            provider: glob(&matches.provider),
+            header: matches
+                .header
+                .as_ref()
+                .map(|header| (header.name.as_str().into(), glob(&header.value))),
+            path: glob(&matches.path),
+            client: matches.client.clone(),
+        }
+    }
+
+    /// Whether all but the provider is as wanted.
+    fn fits(&self, facts: &Facts<'_>) -> bool {
+        let is = |wanted: Option<u64>, id: u64| wanted.is_none_or(|wanted| wanted == id);
+        let reads = |wanted: &Option<Glob>, text: &str| {
+            wanted
+                .as_ref()
+                .is_none_or(|wanted| wanted.matches(text.as_bytes()))
+        };
+        is(self.key, facts.ids.key)
+            && is(self.team, facts.ids.team)
+            && is(self.organization, facts.ids.organization)
+            && reads(&self.model, facts.model)
+            && reads(&self.user, facts.user)
+            && reads(&self.path, facts.path)
+            && self.header.as_ref().is_none_or(|(name, wanted)| {
+                (facts.header)(name)
+                    .is_some_and(|value| wanted.as_ref().is_none_or(|wanted| wanted.matches(value)))
+            })
+            && self
+                .client
+                .as_ref()
+                .is_none_or(|networks| networks.iter().any(|network| network.contains(&facts.client)))
+    }
+}
+
+/// The amounts that a limit names.
+fn amounts(limit: &Limit) -> impl Iterator<Item = (Unit, u64)> {
+    let amounts = [
+        (Unit::Requests, limit.requests),
+        (Unit::InputTokens, limit.input_tokens),
+        (Unit::OutputTokens, limit.output_tokens),
+        (Unit::Tokens, limit.tokens),
+        (Unit::Usd, limit.usd.map(|usd| usd.0)),
+        (Unit::Parallel, limit.parallel),
+    ];
+    let given = amounts.into_iter();
+    given.filter_map(|(unit, amount)| Some((unit, amount?.max(1))))
+}
+
+fn policy(
+    limit: &Limit,
+    index: usize,
+    unit: Unit,
+    amount: u64,
+    places: &mut HashMap<String, usize>,
+) -> Policy {
+    let by_clients = |per: &Per| matches!(per, Per::User | Per::Client);
+    let shelf = match unit {
+        Unit::Parallel => Shelf::Parallel,
+        _ if limit.per.0.iter().any(by_clients) => Shelf::Guests,
+        _ => Shelf::Own,
     };
-    for bound in bounds {
-        if bound.model.as_deref().is_some_and(|only| only != model) {
-            continue;
-        }
-        let asked = match bound.unit {
-            Unit::Requests => 1,
-            Unit::Tokens => tokens_asked(estimate, bound.rate.amount),
-        };
-        match bound.level.reserve(&bound.rate, asked, now_ns) {
-            Ok(standing) => {
-                admission.report.note(bound, standing);
-                admission.reservation.holds.push(Hold {
-                    unit: bound.unit,
-                    rate: bound.rate,
-                    level: bound.level.clone(),
-                    reserved: asked,
-                    until_ns: now_ns + standing.reset_ns,
-                });
-            }
-            Err(standing) => {
-                admission.reservation.cancel(now_ns);
-                return Err(Denied {
-                    name: bound.name.clone(),
-                    unit: bound.unit,
-                    rate: bound.rate,
-                    standing,
-                    asked,
-                    never: asked > bound.rate.amount,
-                });
-            }
-        }
-    }
-    Ok(admission)
-}
-
-fn tokens_asked(estimate: &Estimate, amount: u64) -> u64 {
-    let whole = estimate.input.saturating_add(estimate.output);
-    if estimate.output_is_explicit || estimate.input > amount {
-        whole
-    } else {
-        whole.min(amount)
+    let name = match &limit.name {
+        Some(name) => name.as_str().into(),
+        None => format!("limits[{index}]").into(),
+    };
+    let window = match unit {
+        Unit::Parallel => Window::Parallel,
+        _ => window(limit.window, limit.every, limit.time_zone.as_deref()),
+    };
+    let mut rule = Rule::new(name, unit, amount, window, identity(limit, unit, places), shelf);
+    rule.on_exhausted = limit.on_exhausted;
+    rule.unpriced = limit.unpriced;
+    Policy {
+        rule,
+        matches: Matcher::new(&limit.matches),
+        per: limit.per.0.clone(),
     }
 }
 
-impl Report {
-    fn note(&mut self, bound: &Bound, standing: Standing) {
-        let place = match bound.unit {
-            Unit::Requests => &mut self.requests,
-            Unit::Tokens => &mut self.tokens,
-        };
-        if place.is_none_or(|(_, seen)| standing.remaining < seen.remaining) {
-            *place = Some((bound.rate, standing));
+/// A policy is known by its name or else by what it matches, and by its window, not by its amount or its place: changing the
+/// amount keeps what is used up. Policies that are alike in all that are told apart by their order, which `places`
+/// counts: two of them on one level would each pay for the other.
+fn identity(limit: &Limit, unit: Unit, places: &mut HashMap<String, usize>) -> u64 {
+    let what = match &limit.name {
+        Some(name) => format!("name {name}"),
+        None => format!("match {:?}", limit.matches),
+    };
+    let mut identity = format!(
+        "{what} {:?} {:?} {:?} {:?} {:?}",
+        limit.per.0, limit.window, limit.time_zone, limit.every, unit
+    );
+    let place = places.entry(identity.clone()).or_default();
+    identity.push_str(&format!(" {place}"));
+    *place += 1;
+    of_name(&identity)
+}
+
+/// The window of a valid configuration.
+pub fn window(kind: WindowKind, every: Option<Span>, zone: Option<&str>) -> Window {
+    let every = every.unwrap_or(Span::secs(60));
+    let ns = every.0.as_nanos() as u64;
+    match (kind, part(every)) {
+        (WindowKind::Bucket, _) => Window::Bucket { ns },
+        (WindowKind::Calendar, Some(part)) => {
+            // What is no zone has been reported.
+            let zone = zone
+                .and_then(|name| TimeZone::get(name).ok())
+                .unwrap_or(TimeZone::UTC);
+            Window::Calendar(Arc::new(Calendar::new(part, zone)))
         }
+        (WindowKind::Sliding | WindowKind::Calendar, _) => Window::Sliding { ns },
     }
 }
 
-impl Hold {
-    fn settle(&self, used: u64, now_ns: u64) {
-        self.level
-            .settle(&self.rate, self.reserved, used, self.until_ns, now_ns);
-    }
-}
-
-impl Reservation {
-    /// Trues everything up with what was really used.
-    pub fn settle(self, tokens: u64, now_ns: u64) {
-        for hold in &self.holds {
-            if hold.unit == Unit::Tokens {
-                hold.settle(tokens, now_ns);
-            }
-        }
-    }
-
-    /// Gives everything back, the request itself too: it was never accepted.
-    pub fn cancel(self, now_ns: u64) {
-        for hold in &self.holds {
-            hold.settle(0, now_ns);
-        }
+/// The part of the calendar that a span stands for.
+pub fn part(every: Span) -> Option<Part> {
+    match every.0.as_secs() {
+        3_600 => Some(Part::Hour),
+        86_400 => Some(Part::Day),
+        604_800 => Some(Part::Week),
+        2_592_000 => Some(Part::Month),
+        _ => None,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{
-        schema::{Match, Per},
-        units::Span,
-    };
+    use proptest::prelude::*;
+    use std::path::Path;
 
-    const NOW: u64 = 10_000_000_000_000;
+    fn policies(limits: &str) -> Policies {
+        let text = format!(
+            "listeners: [{{ address: 127.0.0.1:0 }}]\nproviders: {{ p: {{ kind: openai }} }}\n\
+            models: [{{ name: m, targets: [{{ provider: p }}] }}]\nteams: [{{ name: t }}]\nlimits:\n{limits}"
+        );
+        let config = crate::config::parse(&text, "test", Path::new("/"), &|_| None)
+            .unwrap_or_else(|errors| panic!("{errors}"));
+        Policies::new(&config)
+    }
 
-    fn key(name: &str, team: Option<&str>) -> Key {
-        Key {
-            name: name.into(),
-            sha256: String::new(),
-            team: team.map(Into::into),
-            models: None,
+    fn facts<'a>(key: &str, team: &str, model: &'a str) -> Facts<'a> {
+        Facts {
+            ids: Ids::new(key, team, ""),
+            user: "",
+            model,
+            path: "/v1/chat/completions",
+            client: IpAddr::from([192, 0, 2, 7]),
+            header: &|_| None,
         }
     }
 
-    fn limit(matches: Match, requests: Option<u64>, tokens: Option<u64>) -> Limit {
-        Limit {
-            matches,
-            per: Per::Key,
-            requests,
-            tokens,
-            every: Span::secs(60),
+    fn names(policies: &Policies, facts: &Facts<'_>) -> Vec<String> {
+        let of = policies.of(facts);
+        of.map(|place| policies.get(place).rule.name.to_string())
+            .collect()
+    }
+
+    #[test]
+    fn all_that_match_apply_in_their_order() {
+        let policies = policies(
+            "  - { match: { key: a }, requests: 1, every: 1m }\n  - { match: { team: t }, requests: 1, every: 1m }\n\
+             \x20 - { match: { model: m }, requests: 1, every: 1m }\n  - { match: { user: 'x*' }, requests: 1, every: 1m }\n\
+             \x20 - { name: named, match: { client: [192.0.2.0/24], path: '*/completions' }, requests: 1, every: 1m }\n\
+             \x20 - { match: { header: { name: x-tier, value: gold } }, requests: 1, every: 1m }\n\
+             \x20 - { match: { key: a, team: t }, requests: 1, every: 1m }",
+        );
+        assert_eq!(
+            names(&policies, &facts("a", "", "m")),
+            ["limits[0]", "limits[2]", "named"]
+        );
+        let own = ["limits[0]", "limits[1]", "limits[2]", "named", "limits[6]"];
+        assert_eq!(names(&policies, &facts("a", "t", "m")), own);
+        let mut other = facts("b", "", "other");
+        other.user = "xavier";
+        other.client = IpAddr::from([198, 51, 100, 1]);
+        other.header = &|name| (name == "x-tier").then_some(b"gold");
+        assert_eq!(names(&policies, &other), ["limits[3]", "limits[5]"]);
+    }
+
+    #[test]
+    fn subjects_have_levels_of_their_own() {
+        let policies = policies(
+            "  - { requests: 1, every: 1m }\n  - { per: shared, requests: 1, every: 1m }\n\
+             \x20 - { per: [team, user], requests: 1, every: 1m }",
+        );
+        let id = |place: u32, key: &str, team: &str, user: &str| {
+            let facts = Facts {
+                user,
+                ..facts(key, team, "m")
+            };
+            policies.get(place).level_id(&policies.subjects(&facts), "")
+        };
+        assert_ne!(id(0, "a", "", ""), id(0, "b", "", ""));
+        assert_eq!(id(1, "a", "", ""), id(1, "b", "", ""));
+        assert_eq!(id(2, "a", "t", "u"), id(2, "b", "t", "u"));
+        assert_ne!(id(2, "a", "t", "u"), id(2, "a", "t", "v"));
+        assert_ne!(id(2, "a", "t", "u"), id(2, "a", "w", "u"));
+        assert_eq!(policies.get(2).rule.shelf, Shelf::Guests);
+    }
+
+    #[test]
+    fn an_identity_outlives_amounts_and_places() {
+        let id = |limits: &str, place: u32| policies(limits).get(place).rule.id;
+        let before = id("  - { requests: 1, every: 1m }", 0);
+        assert_eq!(id("  - { requests: 9, every: 1m }", 0), before);
+        assert_eq!(
+            id("  - { tokens: 9, every: 1h }\n  - { requests: 9, every: 1m }", 1),
+            before
+        );
+        assert_ne!(id("  - { requests: 1, every: 1h }", 0), before);
+        assert_ne!(
+            id(
+                "  - { requests: 9, every: 1m }\n  - { requests: 9, every: 1m }",
+                1
+            ),
+            before
+        );
+        let named = id("  - { name: n, requests: 1, every: 1m }", 0);
+        assert_eq!(
+            id("  - { name: n, match: { model: m }, requests: 1, every: 1m }", 0),
+            named
+        );
+    }
+
+    #[test]
+    fn globs() {
+        for (pattern, text, fits) in [
+            ("abc", "abc", true),
+            ("abc", "abcd", false),
+            ("a*", "a", true),
+            ("*", "", true),
+            ("a*c*e", "abcde", true),
+            ("a*c*e", "abcd", false),
+            ("*b*b", "abab", true),
+            ("", "", true),
+            ("", "x", false),
+            ("**a", "bba", true),
+        ] {
+            assert_eq!(
+                Glob::new(pattern).matches(text.as_bytes()),
+                fits,
+                "{pattern} {text}"
+            );
         }
     }
 
-    fn config(limits: Vec<Limit>) -> Config {
-        let text = "listeners: [{ address: 127.0.0.1:0 }]";
-        let mut config: Config = serde_saphyr::from_str(text).expect("a configuration");
-        config.limits = limits;
-        config
-    }
-
-    const SMALL: Estimate = Estimate {
-        input: 10,
-        output: 10,
-        output_is_explicit: true,
-    };
-
-    #[test]
-    fn all_or_nothing() {
-        let config = config(vec![
-            limit(Match::default(), Some(2), None),
-            limit(Match::default(), None, Some(30)),
-        ]);
-        let bounds = Table::default().bounds(&config, &key("a", None));
-        let first = admit(&bounds, "m", &SMALL, NOW)
-            .map_err(|denied| denied.name)
-            .expect("room");
-        let denied = admit(&bounds, "m", &SMALL, NOW).err().expect("no tokens left");
-        assert_eq!(
-            (denied.unit, denied.name.as_ref(), denied.never),
-            (Unit::Tokens, "limits[1]", false)
-        );
-        // The second try gave its request back: one is still there.
-        assert_eq!(first.report.requests.expect("a limit").1.remaining, 1);
-        first.reservation.settle(5, NOW);
-        let second = admit(&bounds, "m", &SMALL, NOW)
-            .map_err(|denied| denied.name)
-            .expect("room");
-        assert_eq!(second.report.requests.expect("a limit").1.remaining, 0);
-        assert_eq!(second.report.tokens.expect("a limit").1.remaining, 5);
-        second.reservation.settle(20, NOW);
-    }
-
-    #[test]
-    fn matches_team_key_and_model() {
-        let by = |key: Option<&str>, team: Option<&str>, model: Option<&str>| Match {
-            key: key.map(Into::into),
-            team: team.map(Into::into),
-            model: model.map(Into::into),
-        };
-        let config = config(vec![
-            limit(by(Some("a"), None, None), Some(1), None),
-            limit(by(None, Some("t"), None), Some(1), None),
-            limit(by(None, None, Some("m")), Some(1), None),
-        ]);
-        let mut table = Table::default();
-        let names = |bounds: &[Bound]| bounds.iter().map(|b| b.name.to_string()).collect::<Vec<_>>();
-        assert_eq!(
-            names(&table.bounds(&config, &key("a", None))),
-            ["limits[0]", "limits[2]"]
-        );
-        assert_eq!(
-            names(&table.bounds(&config, &key("b", Some("t")))),
-            ["limits[1]", "limits[2]"]
-        );
-        let only_model = table.bounds(&config, &key("c", None));
-        assert!(admit(&only_model, "m", &SMALL, NOW).is_ok());
-        assert!(admit(&only_model, "m", &SMALL, NOW).is_err());
-        assert!(admit(&only_model, "other", &SMALL, NOW).is_ok());
-    }
-
-    #[test]
-    fn an_implicit_output_shrinks_to_the_limit_and_an_explicit_one_does_not() {
-        let config = config(vec![limit(Match::default(), None, Some(1_000))]);
-        let bounds = Table::default().bounds(&config, &key("a", None));
-        let implicit = Estimate {
-            input: 10,
-            output: 4_096,
-            output_is_explicit: false,
-        };
-        let explicit = Estimate {
-            output_is_explicit: true,
-            ..implicit
-        };
-        assert!(admit(&bounds, "m", &explicit, NOW).is_err_and(|denied| denied.never));
-        assert!(admit(&bounds, "m", &implicit, NOW).is_ok());
-    }
-
-    #[test]
-    fn a_reload_keeps_what_was_used() {
-        let mut table = Table::default();
-        let before = config(vec![limit(Match::default(), Some(2), None)]);
-        let bounds = table.bounds(&before, &key("a", None));
-        assert!(admit(&bounds, "m", &SMALL, NOW).is_ok());
-        assert!(admit(&bounds, "m", &SMALL, NOW).is_ok());
-        let after = config(vec![limit(Match::default(), Some(4), None)]);
-        let bounds = table.bounds(&after, &key("a", None));
-        assert!(admit(&bounds, "m", &SMALL, NOW).is_err());
+    proptest! {
+        #[test]
+        fn a_glob_is_what_it_says(pattern in "[ab*]{0,8}", text in "[ab]{0,10}") {
+            fn slow(pattern: &[u8], text: &[u8]) -> bool {
+                match pattern.split_first() {
+                    None => text.is_empty(),
+                    Some((b'*', rest)) => (0..=text.len()).any(|n| slow(rest, &text[n..])),
+                    Some((byte, rest)) => text.first() == Some(byte) && slow(rest, &text[1..]),
+                }
+            }
+            let fits = Glob::new(&pattern).matches(text.as_bytes());
+            prop_assert_eq!(fits, slow(pattern.as_bytes(), text.as_bytes()));
+        }
     }
 }

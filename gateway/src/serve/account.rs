@@ -6,10 +6,13 @@ use crate::{
     core::Core,
     dialect::{Api, Usage},
     fleet::Target,
-    ledger::record::{Flags, Outcome, Record, RequestId},
+    ledger::{
+        prices::Price,
+        record::{Flags, Outcome, Record, RequestId},
+    },
     net::clock,
-    quota::Reservation,
-    serve::snapshot::{Key, Model},
+    quota::{Amounts, Denied, Reservation, reservation::Exhausted},
+    serve::{keys::Key, snapshot::Model},
     telemetry::access::AccessEntry,
 };
 
@@ -26,6 +29,8 @@ pub struct Account {
     /// Input tokens as they were estimated, for a request whose provider tells none.
     input_estimated: u64,
     error: Option<&'static str>,
+    /// What the target that was asked last costs.
+    price: Option<Arc<Price>>,
     /// Requests made to upstreams.
     attempts: u8,
 }
@@ -75,6 +80,7 @@ impl Account {
             client,
             input_estimated,
             error: None,
+            price: None,
             attempts: 0,
         }
     }
@@ -84,6 +90,7 @@ impl Account {
         self.attempts = self.attempts.saturating_add(1);
         self.record.provider = target.provider.name.clone();
         self.record.upstream_model = target.model.clone();
+        self.price = target.tariff.at(self.record.time_unix_ms).cloned();
         if attempt > 0 {
             self.record.flags.set(Flags::RETRIED);
             self.core.telemetry.counters().upstream_retries.inc();
@@ -91,6 +98,50 @@ impl Account {
         if fallback {
             self.record.flags.set(Flags::FALLBACK);
         }
+    }
+
+    /// Reserves what limits of a provider ask for, before the request is sent there.
+    ///
+    /// # Errors
+    /// They have nothing left: another target is to be tried.
+    pub fn reserve_for(&mut self, target: &Target) -> Result<(), Box<Denied>> {
+        match &mut self.reservation {
+            Some(reservation) => reservation.choose_provider(&target.provider.name),
+            None => Ok(()),
+        }
+    }
+
+    /// Output tokens that a stream may deliver before [`Account::extend`] is to be asked.
+    pub fn output_allowed(&self) -> u64 {
+        self.reservation
+            .as_ref()
+            .map_or(u64::MAX, Reservation::output_allowed)
+    }
+
+    /// Whether the client named the output limit itself.
+    pub fn output_is_explicit(&self) -> bool {
+        self.reservation
+            .as_ref()
+            .is_some_and(Reservation::output_is_explicit)
+    }
+
+    /// Takes more for a stream that has delivered more than is reserved; the tokens that it may deliver then.
+    ///
+    /// # Errors
+    /// Nothing is left.
+    pub fn extend(&mut self, delivered: u64) -> Result<u64, Exhausted> {
+        match &mut self.reservation {
+            Some(reservation) => reservation
+                .extend(delivered)
+                .map(|()| reservation.output_allowed()),
+            None => Ok(u64::MAX),
+        }
+    }
+
+    /// Notes that a limit ended the answer.
+    pub fn cut(&mut self) {
+        self.record.flags.set(Flags::CUT);
+        self.core.telemetry.counters().limit_cuts.inc();
     }
 
     /// Notes that the request is on its way.
@@ -127,6 +178,28 @@ impl Account {
     pub fn answered_by(&mut self, target: &Target) {
         self.record.provider = target.provider.name.clone();
         self.record.upstream_model = target.model.clone();
+        self.price = target.tariff.at(self.record.time_unix_ms).cloned();
+    }
+
+    /// The request's id as text, and when it began, milliseconds of the Unix clock.
+    pub fn id(&self) -> (String, u64) {
+        let id = self.record.id.hex();
+        (
+            String::from_utf8_lossy(&id).into_owned(),
+            self.record.time_unix_ms,
+        )
+    }
+
+    /// The virtual model.
+    pub fn model(&self) -> &str {
+        &self.record.model
+    }
+
+    /// Gives back all that is reserved: the request is refused after all. Its record is still to be written.
+    pub fn release(&mut self) {
+        if let Some(reservation) = &mut self.reservation {
+            reservation.release();
+        }
     }
 
     /// What is asked for.
@@ -167,9 +240,19 @@ impl Account {
             self.record.flags.set(Flags::ESTIMATED);
         }
         self.record.duration_us = (now_ns - self.started_ns) / 1000;
-        reservation.settle(usage.total(), now_ns);
+        reservation.settle(self.amounts(&usage));
         self.core.append(&self.record);
         self.count(estimated);
+    }
+
+    /// What limits count of a usage, at the price of the target that answered.
+    fn amounts(&self, usage: &Usage) -> Amounts {
+        let nano_usd = self.price.as_ref().map_or(0, |price| price.cost(usage));
+        Amounts {
+            input: usage.prompt,
+            output: usage.completion,
+            nano_usd,
+        }
     }
 
     fn count(&self, estimated: bool) {

@@ -4,7 +4,7 @@ use crate::{
     error::{Dialect, Error},
     http::head::{ResponseHead, Version},
     ledger::record::RequestId,
-    quota::policy::{Denied, Report, Unit},
+    quota::{Denied, Report},
 };
 
 /// What every answer's head depends on.
@@ -47,18 +47,11 @@ pub fn denied(refusal: &Error, denied: &Denied, dialect: Dialect, head: Head) ->
     if let Some(seconds) = refusal.retry_after_s {
         field_number(&mut out, "retry-after", seconds);
     }
-    let standing = Some((denied.rate, denied.standing));
-    let report = match denied.unit {
-        Unit::Requests => Report {
-            requests: standing,
-            tokens: None,
-        },
-        Unit::Tokens => Report {
-            requests: None,
-            tokens: standing,
-        },
-    };
-    rate_limit(&mut out, &report);
+    rate_limit(&mut out, &Report::of(denied));
+    // Which policy it was, for programs: names of the configuration may hold what no header may.
+    if denied.name.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+        field(&mut out, "x-gateway-limit".as_bytes(), denied.name.as_bytes());
+    }
     finish_json(out, head, &body)
 }
 
@@ -156,16 +149,16 @@ fn end(out: &mut Vec<u8>, head: Head) {
 /// `x-ratelimit-*` as OpenAI sends them (platform.openai.com/docs/guides/rate-limits): limit, remaining, and the
 /// time to a full allowance.
 fn rate_limit(out: &mut Vec<u8>, report: &Report) {
-    for (unit, state) in [(Unit::Requests, report.requests), (Unit::Tokens, report.tokens)] {
-        let Some((rate, standing)) = state else { continue };
-        for (what, value) in [("limit", rate.amount), ("remaining", standing.remaining)] {
+    for (unit, state) in [("requests", report.requests), ("tokens", report.tokens)] {
+        let Some((amount, standing)) = state else { continue };
+        for (what, value) in [("limit", amount), ("remaining", standing.remaining)] {
             out.extend_from_slice(b"x-ratelimit-");
             out.extend_from_slice(what.as_bytes());
             out.push(b'-');
-            field_number(out, unit.name(), value);
+            field_number(out, unit, value);
         }
         out.extend_from_slice(b"x-ratelimit-reset-");
-        out.extend_from_slice(unit.name().as_bytes());
+        out.extend_from_slice(unit.as_bytes());
         out.extend_from_slice(b": ");
         number(out, standing.reset_ns.div_ceil(1_000_000));
         out.extend_from_slice(b"ms\r\n");

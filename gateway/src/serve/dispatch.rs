@@ -4,6 +4,7 @@ use std::{rc::Rc, sync::Arc, time::Duration};
 
 use super::{
     account::Account,
+    request::limit_error,
     snapshot::Model,
     upstream::{self, Broken, Upstream},
 };
@@ -44,6 +45,7 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     let mut tried = Vec::new();
     let mut failed = Failed::Unreachable;
     let mut busy = None;
+    let mut limited = None;
     let mut targets = route::order(&order.model.targets, |below| core.chance(below));
     let preferred = targets.first().copied();
     put_down_last(core, &order.model.targets, &mut targets);
@@ -53,6 +55,11 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
         // that are all gone must not keep its fallback from being asked.
         let attempts_here = (ATTEMPTS_MAX - attempts).saturating_sub(targets.len() - 1 - place);
         let last = (attempts + attempts_here.max(1)).min(ATTEMPTS_MAX);
+        // A provider whose own limits have nothing left is passed over, as one that is busy.
+        if let Err(denied) = account.reserve_for(target) {
+            limited = Some(denied);
+            continue;
+        }
         while attempts < last {
             let Some(endpoint) = choose(core, order.model, target, &tried) else {
                 break;
@@ -81,6 +88,10 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
     if let Some((upstream, target)) = busy {
         account.answered_by(target);
         return Ok(upstream);
+    }
+    if let Some(denied) = limited.filter(|_| attempts == 0) {
+        account.release();
+        return Err(limit_error(&denied));
     }
     Err(match failed {
         Failed::Broken => Error::new(

@@ -16,10 +16,14 @@ use super::{
     body::{self, Body},
     connection::{Client, Next, Served},
     dispatch::{self, Order},
+    ends::Ends,
+    keys::Key,
     relay,
-    snapshot::{Key, Model, Snapshot},
+    snapshot::{Model, Snapshot},
     upstream::{self, Upstream},
 };
+use sha2::{Digest, Sha256};
+
 use crate::{
     core::{Core, DRAIN, STOP},
     dialect::{
@@ -31,8 +35,8 @@ use crate::{
     ledger::record::{Outcome, RequestId},
     net::{Either, clock, race},
     quota::{
-        self, Denied, Reservation,
-        policy::{Estimate, Report},
+        Denied, Facts, Report,
+        reservation::{self, Ask, Why},
     },
     telemetry::access::{AccessEntry, path_of},
 };
@@ -137,11 +141,11 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         }
         Route::Ready => return Ok(Served::Done(ready(client, core, request).await)),
         Route::Models => {
-            let key = authenticate(client, request)?.clone();
+            let key = authenticate(client, core, request)?;
             return Ok(Served::Done(models(client, core, request, &key).await));
         }
     };
-    let key = authenticate(client, request)?.clone();
+    let key = authenticate(client, core, request)?;
     *request.known.borrow_mut() = Known {
         key: Some(key.name.clone()),
         model: None,
@@ -161,14 +165,16 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         body: body.bytes(),
         fields: &fields,
     };
-    let upstream = dispatch(client, core, &order, &mut account).await?;
-    let hide_usage = call.hide_usage;
+    let upstream = dispatch(client, core, &order, &key, &mut account).await?;
+    let (hide_usage, choices) = (call.hide_usage, call.choices);
     // A stream may run for minutes; what it was asked with is not needed any more.
     drop(call);
     drop((body, fields));
     let terms = relay::Terms {
         api,
+        life: key.life.clone(),
         hide_usage,
+        choices,
         timeouts: model.timeouts,
         report,
         dialect: request.dialect,
@@ -240,7 +246,7 @@ fn route(client: &Client) -> Result<Route, Error> {
 }
 
 /// Who is it.
-fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key>, Error> {
+fn authenticate(client: &Client, core: &Core, request: &Request) -> Result<Arc<Key>, Error> {
     let field = |name| client.head.field(&client.inbuf, name);
     let bearer = || {
         let value = field("authorization")?;
@@ -259,8 +265,13 @@ fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key
             ..Error::new(Kind::Unauthenticated, message)
         });
     };
-    let unknown = || Error::new(Kind::Unauthenticated, "incorrect API key provided");
-    request.snapshot.key(secret).ok_or_else(unknown)
+    let hash: [u8; 32] = Sha256::digest(secret).into();
+    let known = request.snapshot.key(&hash).cloned();
+    let Some(key) = known.or_else(|| core.shared.keys.get(&hash)) else {
+        return Err(Error::new(Kind::Unauthenticated, "incorrect API key provided"));
+    };
+    key.pass(client.ip, request.id.unix_ms())?;
+    Ok(key)
 }
 
 async fn receive_body(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Body, Refusal> {
@@ -327,16 +338,28 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let estimate = Estimate {
-        input: estimate_input(body.bytes()),
+    let input = estimate_input(body.bytes());
+    let ask = Ask {
+        input,
         output,
         output_is_explicit: call.output_max.is_some(),
+        stream: call.stream,
+        rates: model.rates(input, request.id.unix_ms()),
     };
-    let now_ns = clock::monotonic_ns();
-    let admission = quota::policy::admit(&key.limits, &model.name, &estimate, now_ns)
-        .map_err(|denied| Refusal::Denied(limit_error(&denied), Box::new(denied)))?;
+    let header = |name: &str| client.head.field(&client.inbuf, name);
+    let user = user_of(client, request, call);
+    let facts = Facts {
+        ids: key.ids,
+        user: &user,
+        model: &model.name,
+        path: api.path(),
+        client: client.ip,
+        header: &header,
+    };
+    let snapshot = &request.snapshot;
+    let admission = reservation::admit(&snapshot.quota, &snapshot.policies, &facts, ask)
+        .map_err(|denied| Refusal::Denied(limit_error(&denied), denied))?;
     core.note_accepted(client.ip);
-    let reservation: Reservation = admission.reservation;
     let account = Account::open(
         core,
         request.id,
@@ -345,46 +368,99 @@ fn admit(
         key,
         model,
         api,
-        estimate.input,
+        input,
         body.bytes().len(),
-        reservation,
+        admission.reservation,
     );
     Ok((account, admission.report))
 }
 
-fn limit_error(denied: &Denied) -> Error {
-    let window_s = denied.rate.window_ns / 1_000_000_000;
-    let (unit, amount, asked) = (denied.unit.name(), denied.rate.amount, denied.asked);
-    if denied.never {
-        let message = format!(
-            "the request asks for up to {asked} {unit}, more than {} permits at all: {amount} per {window_s} s; \
-             lower max_tokens",
-            denied.name
-        );
-        return Error {
-            code: Some("request_over_limit"),
-            ..Error::new(Kind::RateLimited, message)
-        };
-    }
-    let message = format!(
-        "rate limit reached for {unit} ({}): {amount} per {window_s} s, {} left, {asked} asked",
-        denied.name, denied.standing.remaining
-    );
-    let seconds = denied.standing.retry_after_ns.div_ceil(1_000_000_000);
-    Error {
-        retry_after_s: Some(seconds),
-        ..Error::new(Kind::RateLimited, message)
+/// Who of the key's users asks: the configured header, or the body's `user`.
+fn user_of<'a>(client: &'a Client, request: &'a Request, call: &'a Call<'_>) -> Cow<'a, str> {
+    let name = request.snapshot.user_header.as_deref();
+    match name.and_then(|name| client.head.field(&client.inbuf, name)) {
+        Some(value) => String::from_utf8_lossy(value),
+        None => Cow::Borrowed(call.user.as_deref().unwrap_or_default()),
     }
 }
 
-/// Finds an upstream that answers. The client's hang-up, or the gateway's end, ends that at once.
+/// What a refusal by a limit says: which one, what is left, when it makes sense to try again.
+pub fn limit_error(denied: &Denied) -> Error {
+    let unit = denied.unit.name();
+    let show = |units| denied.unit.show(units);
+    let (name, amount, every, asked) = (
+        &denied.name,
+        show(denied.amount),
+        &denied.every,
+        show(denied.asked),
+    );
+    let (code, message) = match denied.why {
+        Why::Never => (
+            "request_over_limit",
+            format!(
+                "the request asks for up to {asked} {unit}, more than {name} permits at all: {amount} per {every}; \
+                 lower max_tokens"
+            ),
+        ),
+        Why::Unpriced => (
+            "price_unknown",
+            format!("{name} limits cost, and the price of this model is not known to the gateway"),
+        ),
+        Why::NoPlace => (
+            "limit_table_full",
+            format!("{name} cannot count this request now: too many users or clients at the same time"),
+        ),
+        Why::StoreGone => (
+            "limit_store_unavailable",
+            format!(
+                "{name} is shared by several gateways, and the store in which they share it is out of reach"
+            ),
+        ),
+        Why::Spent => (
+            "insufficient_quota",
+            format!(
+                "the {name} is used up: {amount} per {every}, {} left, {asked} asked",
+                show(denied.standing.remaining)
+            ),
+        ),
+        Why::Exhausted => (
+            "rate_limit_exceeded",
+            format!(
+                "rate limit reached for {unit} ({name}): {amount} per {every}, {} left, {asked} asked",
+                show(denied.standing.remaining)
+            ),
+        ),
+    };
+    let seconds = denied.standing.retry_after_ns.div_ceil(1_000_000_000);
+    let retry_after_s = match denied.why {
+        Why::Never | Why::Unpriced => None,
+        Why::NoPlace | Why::StoreGone => Some(RETRY_AFTER_S),
+        // A parallel request ends when it ends.
+        Why::Exhausted if seconds == 0 => Some(RETRY_AFTER_S),
+        Why::Exhausted | Why::Spent => (seconds > 0).then_some(seconds),
+    };
+    let kind = match denied.why {
+        // Nothing that the client did.
+        Why::StoreGone => Kind::Overloaded,
+        _ => Kind::RateLimited,
+    };
+    let error = Error::new(kind, message);
+    Error {
+        code: Some(code),
+        retry_after_s,
+        ..error
+    }
+}
+
+/// Finds an upstream that answers. The client's hang-up, or the gateway's or the key's end, ends that at once.
 async fn dispatch(
     client: &mut Client,
     core: &Rc<Core>,
     order: &Order<'_>,
+    key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), core.drain.reached(STOP));
+    let ends = race(client.gone(core), Ends::new(core, &key.life));
     let dispatched = race(dispatch::run(core, order, account), ends).await;
     let prompt_only = Usage {
         prompt: account.input_estimated(),
@@ -395,16 +471,15 @@ async fn dispatch(
         Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => {
             (error, Outcome::TimedOut, prompt_only)
         }
+        Either::First(Err(error)) if error.kind == Kind::RateLimited => {
+            (error, Outcome::Stopped, Usage::default())
+        }
         Either::First(Err(error)) => (error, Outcome::UpstreamFailed, Usage::default()),
         Either::Second(Either::First(())) => {
             account.settle(Outcome::ClientGone, prompt_only, true);
             return Err(Refusal::Gone);
         }
-        Either::Second(Either::Second(())) => (
-            Error::new(Kind::Stopping, "the gateway is being stopped"),
-            Outcome::Stopped,
-            prompt_only,
-        ),
+        Either::Second(Either::Second(end)) => (end.error(), Outcome::Stopped, prompt_only),
     };
     account.answering(error.status(), false);
     account.error(error.code());

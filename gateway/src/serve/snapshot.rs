@@ -1,18 +1,23 @@
 //! The configuration as the hot path wants it: looked up by hash, names resolved, bytes ready to send.
 
-use std::{collections::HashMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
 
-use anyhow::Context;
-use sha2::{Digest, Sha256};
-
+use super::keys::{self, ByHash, Key, Life, NEVER_MS};
 use crate::{
     config::{
         self,
         schema::{self, Balance, Config},
     },
+    dialect::Tier,
     fleet::{Endpoints, Provider, Target},
-    quota::{Table, policy::Bound, refusals::Rule},
+    ledger::prices::{self, Book},
+    quota::{Ids, Policies, Quota, Rates, refusals::Rule},
 };
+use anyhow::Context;
 
 /// Output reserved for a request that permits no smaller one, tokens, where the model says nothing else.
 const OUTPUT_TOKENS_DEFAULT: u32 = 4096;
@@ -21,8 +26,15 @@ const OUTPUT_TOKENS_DEFAULT: u32 = 4096;
 pub struct Snapshot {
     /// Counts reloads, from 1.
     pub generation: u64,
-    keys: HashMap<[u8; 32], Arc<Key>>,
+    keys: ByHash,
     models: HashMap<Box<str>, Arc<Model>>,
+    /// Limit policies, in their order.
+    pub policies: Arc<Policies>,
+    /// Levels and budgets; the same for all snapshots.
+    pub quota: Arc<Quota>,
+    organizations: HashMap<Box<str>, Arc<str>>,
+    /// The header that tells a request's user.
+    pub user_header: Option<Box<str>>,
     /// Bounds and times of the client's side.
     pub http: Http,
     /// When the kernel shall drop a client.
@@ -39,15 +51,6 @@ pub struct Http {
     pub body_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
-}
-
-/// A virtual key.
-pub struct Key {
-    pub name: Arc<str>,
-    /// Empty for none.
-    pub team: Arc<str>,
-    models: Option<Vec<String>>,
-    pub limits: Vec<Bound>,
 }
 
 /// A virtual model.
@@ -71,8 +74,10 @@ pub struct Timeouts {
 /// What lives longer than a snapshot: levels of limits, endpoints with their connections.
 #[derive(Default)]
 pub struct Registry {
-    pub limits: Table,
+    pub quota: Arc<Quota>,
     pub endpoints: Endpoints,
+    /// The file's keys by name: what a key's versions share outlives the snapshot.
+    lives: HashMap<String, Arc<Life>>,
     generation: u64,
 }
 
@@ -87,27 +92,48 @@ impl Snapshot {
             );
         }
         let mut models = HashMap::new();
+        let book = Book::new(config);
         for model in &config.models {
-            let compiled = compile_model(model, &providers)?;
+            let compiled = compile_model(model, &config.providers, &providers, &book)?;
             models.insert(model.name.clone().into_boxed_str(), Arc::new(compiled));
         }
-        let mut keys = HashMap::new();
+        let mut keys = ByHash::default();
+        let mut lives = HashMap::new();
+        let organizations = organizations(config);
         for key in &config.keys {
             let hash = config::parse_sha256(&key.sha256)
                 .with_context(|| format!("key {}: sha256 is not 64 hex digits", key.name))?;
+            let life = registry.lives.get(&key.name).cloned().unwrap_or_default();
+            lives.insert(key.name.clone(), life.clone());
+            let team = key.team.as_deref().unwrap_or_default();
+            let organization = organizations.get(team).copied().unwrap_or_default();
             let compiled = Key {
                 name: key.name.as_str().into(),
-                team: key.team.as_deref().unwrap_or_default().into(),
-                models: key.models.clone(),
-                limits: registry.limits.bounds(config, key),
+                team: team.into(),
+                organization: organization.into(),
+                models: key.models.as_deref().map(Arc::from),
+                networks: Arc::new([]),
+                expires_unix_ms: NEVER_MS,
+                disabled: false,
+                ids: Ids::new(&key.name, team, organization),
+                life,
             };
             keys.insert(hash, Arc::new(compiled));
         }
+        registry.lives = lives;
+        registry.quota.budgets.set_file(config);
         registry.generation += 1;
         Ok(Snapshot {
             generation: registry.generation,
             keys,
             models,
+            policies: Arc::new(Policies::new(config)),
+            quota: registry.quota.clone(),
+            organizations: organizations
+                .into_iter()
+                .map(|(team, organization)| (team.into(), organization.into()))
+                .collect(),
+            user_header: config.limit_state.user_header.as_deref().map(Into::into),
             http: compile_http(&config.http),
             refusals: Rule {
                 after: config.kernel.drop.after_refusals,
@@ -116,13 +142,14 @@ impl Snapshot {
         })
     }
 
-    /// Who has this key. The look-up is by SHA-256: an attacker who times it learns about hashes, of which he
-    /// cannot choose a prefix, and the comparison at its end takes constant time.
-    pub fn key(&self, secret: &[u8]) -> Option<&Arc<Key>> {
-        use subtle::ConstantTimeEq;
-        let hash: [u8; 32] = Sha256::digest(secret).into();
-        let (known, key) = self.keys.get_key_value(&hash)?;
-        bool::from(known.ct_eq(&hash)).then_some(key)
+    /// The organization of a team; `None` where it has none.
+    pub fn organization(&self, team: &str) -> Option<&Arc<str>> {
+        self.organizations.get(team)
+    }
+
+    /// Who has the secret with this SHA-256, of the configuration file's keys.
+    pub fn key(&self, hash: &[u8; 32]) -> Option<&Arc<Key>> {
+        keys::find(&self.keys, hash)
     }
 
     /// The virtual model of this name.
@@ -143,28 +170,54 @@ impl Snapshot {
     }
 }
 
-impl Key {
-    /// Whether the key may use a model.
-    pub fn may_use(&self, model: &str) -> bool {
-        self.models
-            .as_ref()
-            .is_none_or(|models| models.iter().any(|allowed| allowed == model))
+impl Model {
+    /// The most that a request can cost, nano-dollars, whichever of the model's targets serves it: for reservations.
+    /// Targets whose price nobody knows are left out; `None` where no price is known.
+    pub fn cost_max(&self, input: u64, output: u64, tier: Tier, unix_ms: u64) -> Option<u64> {
+        let prices = self.targets.iter().filter_map(|target| target.tariff.at(unix_ms));
+        prices.map(|price| price.cost_max(input, output, tier)).max()
+    }
+
+    /// The dearest rates of all targets for so much input, for reservations; `None` where a target's price is not known:
+    /// what goes there would escape every budget.
+    pub fn rates(&self, input: u64, unix_ms: u64) -> Option<Rates> {
+        let mut rates = Rates::default();
+        for target in &self.targets {
+            let of_target = target.tariff.at(unix_ms)?.rates(Tier::Default, input);
+            let dearest = of_target.input.max(of_target.cached);
+            rates.input = rates
+                .input
+                .max(dearest)
+                .max(of_target.write_5m)
+                .max(of_target.write_1h);
+            rates.output = rates.output.max(of_target.output);
+        }
+        Some(rates)
     }
 }
 
-fn compile_model(model: &schema::Model, providers: &HashMap<&str, Arc<Provider>>) -> anyhow::Result<Model> {
+fn compile_model(
+    model: &schema::Model,
+    schemas: &BTreeMap<String, schema::Provider>,
+    providers: &HashMap<&str, Arc<Provider>>,
+    book: &Book,
+) -> anyhow::Result<Model> {
     let mut targets = Vec::with_capacity(model.targets.len());
     for target in &model.targets {
         let provider = providers
             .get(target.provider.as_str())
             .with_context(|| format!("model {}: unknown provider {}", model.name, target.provider))?;
         let name = target.model.as_deref().unwrap_or(&model.name);
+        let vendor = schemas
+            .get(&target.provider)
+            .and_then(|schema| prices::vendor(&target.provider, schema));
         targets.push(Target {
             provider: provider.clone(),
             model: name.into(),
             model_json: serde_json::to_vec(name)?,
             weight: target.weight,
             priority: target.priority,
+            tariff: book.tariff(&target.provider, vendor.as_deref(), name),
         });
     }
     Ok(Model {
@@ -179,6 +232,14 @@ fn compile_model(model: &schema::Model, providers: &HashMap<&str, Arc<Provider>>
         },
         output_tokens_default: model.max_output_tokens.unwrap_or(OUTPUT_TOKENS_DEFAULT).into(),
     })
+}
+
+/// Teams with their organizations.
+fn organizations(config: &Config) -> HashMap<&str, &str> {
+    let teams = config.teams.iter();
+    teams
+        .filter_map(|team| Some((team.name.as_str(), team.organization.as_deref()?)))
+        .collect()
 }
 
 fn compile_http(http: &schema::Http) -> Http {

@@ -201,6 +201,8 @@ counters! {
     tokens_cached,
     /// Requests whose tokens are the gateway's estimate.
     usage_estimated,
+    /// Streams that were ended because a limit had nothing left.
+    limit_cuts,
     /// Entries of the access log dropped because its queue was full.
     access_log_dropped,
     /// Requests turned away because the ledger's queue was full.

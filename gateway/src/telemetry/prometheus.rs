@@ -217,6 +217,11 @@ fn write_tokens(totals: &Totals, out: &mut Exposition) {
     )
     .value(totals.usage_estimated);
     out.counter(
+        "gateway_limit_cuts_total",
+        "Streams that were ended because a limit had nothing left.",
+    )
+    .value(totals.limit_cuts);
+    out.counter(
         "gateway_ledger_full_total",
         "Requests turned away because the ledger's queue was full.",
     )

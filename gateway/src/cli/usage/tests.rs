@@ -46,6 +46,7 @@ fn record(number: u8, key: &str, model: &str, day: u64) -> Record {
             cached: 40,
             completion: 7,
             reasoning: 2,
+            ..Usage::default()
         },
         ttft_us: 1,
         duration_us: 2,

@@ -12,7 +12,7 @@ use crate::{
 
 /// A Redis or Valkey (5 or later) in which several gateways share limits, budgets, keys and blocks. It has `redis` or
 /// `cluster`. No request waits for it: each host leases parts of the limits ahead (docs/cluster.md).
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Store {
     /// One server: `redis://host:port[/database]`, or `rediss://` with TLS.

@@ -1,23 +1,9 @@
-//! Teams, keys and limits.
+//! Keys.
 
 use std::collections::HashMap;
 
-use super::{Known, MONTH, SECOND, refers, root, span, unique_names};
-use crate::config::{
-    Config, key_hash,
-    load::Report,
-    parse_sha256,
-    schema::{Key, Limit},
-    tree::Path,
-};
-
-pub(super) fn teams(config: &Config, report: &mut Report<'_>) {
-    unique_names(
-        "teams",
-        config.teams.iter().map(|team| team.name.as_str()),
-        report,
-    );
-}
+use super::{Known, refers, root, unique_names};
+use crate::config::{Config, key_hash, load::Report, parse_sha256, schema::Key, tree::Path};
 
 pub(super) fn keys(config: &Config, known: &Known<'_>, report: &mut Report<'_>) {
     unique_names("keys", config.keys.iter().map(|key| key.name.as_str()), report);
@@ -66,42 +52,5 @@ fn references(path: &Path, key: &Key, known: &Known<'_>, report: &mut Report<'_>
     }
     for (index, model) in models.iter().enumerate() {
         refers(&path.index(index), "model", model, &known.models, report);
-    }
-}
-
-pub(super) fn limits(config: &Config, known: &Known<'_>, report: &mut Report<'_>) {
-    for (index, limit) in config.limits.iter().enumerate() {
-        let path = root("limits").index(index);
-        if limit.requests.is_none() && limit.tokens.is_none() {
-            report.error(&path, "a limit needs `requests`, `tokens` or both");
-        }
-        span(&path.name("every"), limit.every, SECOND, MONTH, report);
-        matches(&path.name("match"), limit, known, report);
-    }
-}
-
-fn matches(path: &Path, limit: &Limit, known: &Known<'_>, report: &mut Report<'_>) {
-    let wanted = &limit.matches;
-    if let Some(key) = &wanted.key {
-        refers(&path.name("key"), "key", key, &known.keys, report);
-    }
-    if let Some(team) = &wanted.team {
-        refers(&path.name("team"), "team", team, &known.teams, report);
-    }
-    if let Some(model) = &wanted.model {
-        refers(&path.name("model"), "model", model, &known.models, report);
-    }
-    let (Some(key), Some(team)) = (&wanted.key, &wanted.team) else {
-        return;
-    };
-    if known
-        .keys
-        .get(key.as_str())
-        .is_some_and(|of_key| *of_key != Some(team))
-    {
-        report.warning(
-            path,
-            format!("key `{key}` is not in team `{team}`: the limit counts nothing"),
-        );
     }
 }

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{BoxFuture, Plane};
 use crate::{
-    control::plane::State,
+    control::{cluster, plane::State},
     ledger::Counters,
     net::clock,
     telemetry::{
@@ -171,6 +171,7 @@ fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
         )
         .value(blocked);
     }
+    cluster::write_metrics(&status["store"], out);
     let ledger = &status["ledger"];
     write_counters(&LEDGER_COUNTERS, ledger, out);
     if let Some(bytes) = ledger["unsynced_bytes"].as_u64() {

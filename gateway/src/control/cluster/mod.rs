@@ -7,6 +7,7 @@
 pub mod feed;
 pub mod level;
 pub mod link;
+mod node;
 mod peers;
 mod rounds;
 mod status;
@@ -23,7 +24,11 @@ use std::{
 use crossbeam::queue::ArrayQueue;
 use tokio::sync::watch;
 
-use crate::{config::schema::Store, net::clock, quota::leases::Directory};
+use crate::{
+    config::{Config, schema::Store},
+    net::clock,
+    quota::leases::Directory,
+};
 use link::Link;
 pub use status::{Status, write_metrics};
 
@@ -54,6 +59,15 @@ pub struct Tasks {
     stop: watch::Sender<bool>,
     rounds: tokio::task::JoinHandle<()>,
     peers: tokio::task::JoinHandle<()>,
+}
+
+/// This host's part in the cluster, where the configuration has one.
+///
+/// # Errors
+/// See [`Cluster::new`].
+pub fn join(config: &Config) -> anyhow::Result<Option<Arc<Cluster>>> {
+    let store = config.store.as_ref();
+    store.map(|store| Cluster::new(store, Arc::default())).transpose()
 }
 
 impl Cluster {

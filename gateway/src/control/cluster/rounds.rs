@@ -26,6 +26,9 @@ const RETRY_LONGEST: Duration = Duration::from_secs(2);
 /// How long the store remembers what a silent host reported: longer than a lost connection takes to come back.
 const RECORDS_KEPT: Duration = Duration::from_secs(3600);
 
+/// How often it is looked whether a request was refused for want of a lease: then a round comes at once.
+const HURRY_EVERY: Duration = Duration::from_millis(5);
+
 /// How often this host says that it is there, and reads the store's clock.
 const PRESENCE_EVERY: Duration = Duration::from_secs(1);
 
@@ -46,7 +49,7 @@ struct Rounds {
 
 /// Runs until it is told to stop; then gives the leases back.
 pub(super) async fn run(cluster: Arc<Cluster>, mut stopped: watch::Receiver<bool>) {
-    let mut ticks = interval(cluster.settings.round.0);
+    let mut ticks = interval(HURRY_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let now = Instant::now();
     let mut rounds = Rounds {
@@ -61,9 +64,16 @@ pub(super) async fn run(cluster: Arc<Cluster>, mut stopped: watch::Receiver<bool
         instances: 0,
         hosts: 1,
     };
+    let mut due = now;
     loop {
         tokio::select! {
-            _ = ticks.tick() => rounds.round().await,
+            _ = ticks.tick() => {
+                let hungry = rounds.cluster.directory.take_hurry();
+                if hungry || Instant::now() >= due {
+                    due = Instant::now() + rounds.cluster.settings.round.0;
+                    rounds.round().await;
+                }
+            }
             _ = stopped.changed() => return rounds.farewell().await,
         }
     }

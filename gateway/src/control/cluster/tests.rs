@@ -498,3 +498,27 @@ fn debt_goes_along_into_the_next_period() {
     assert!(!world.reserve(1, 71));
     assert!(world.reserve(1, 70));
 }
+
+/// A host whose clock runs ahead cannot begin the next period for all.
+#[test]
+fn a_period_begins_by_the_stores_clock() {
+    let end_unix_ms = START_NS / MS + 60_000;
+    let mut world = World::new(Kind::Period { end_unix_ms }, 100, 100, 1);
+    assert!(world.reserve(0, 80));
+    world.settle(0, 0, 0);
+    world.round(0, Fate::Fine);
+    world.kind = Kind::Period {
+        end_unix_ms: end_unix_ms + 86_400_000,
+    };
+    world.opening = 0;
+    let ahead = world.host();
+    world.hosts.push(ahead);
+    world.reserve(1, 30);
+    world.round(1, Fate::Fine);
+    assert_eq!(world.store.used(), 80);
+    assert!(!world.reserve(1, 30));
+    world.now_ns += 61_000 * MS;
+    world.round(1, Fate::Fine);
+    assert_eq!(world.store.used(), 0);
+    assert!(world.reserve(1, 30));
+}

@@ -1,7 +1,7 @@
 //! How much of one level this host leases: the control thread's side of a [`Leased`].
 //!
 //! Each round looks at what was used, hands back what is too much, and says what is wanted: half a second of use at the
-//! present rate, two of the largest recent requests, or a small share of the amount, whatever is most. The store cuts
+//! present rate, two of the largest recent requests, or a share of the amount, whatever is most. The store cuts
 //! that down when the level nears its end. No I/O here.
 
 use std::sync::Arc;
@@ -12,8 +12,9 @@ use crate::quota::lease::{Grant, Kind, Leased, Look};
 /// Use for which a lease is taken ahead, seconds: some rounds and a slow network.
 const AHEAD_S: f64 = 0.5;
 
-/// An active level leases at least this part of the amount, so that a burst after silence finds room.
-const FLOOR_PART: u64 = 64;
+/// An active level leases at least this part of the amount where the others leave it, so that a burst finds room and a
+/// growing stream is not cut while there is much left.
+const FLOOR_PART: u64 = 8;
 
 /// A level that nothing was asked of for this time keeps one request's units, nanoseconds.
 pub const IDLE_NS: u64 = 2_000_000_000;
@@ -242,6 +243,7 @@ impl Tracker {
             allowance,
             until_ns: sent_ns + now.lease_ns / 5 * FENCE_PARTS,
             free: answer.free,
+            used: answer.used,
             reset_at_ns: now.ns.saturating_add(reset_ns),
         });
     }

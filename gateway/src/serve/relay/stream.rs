@@ -9,12 +9,13 @@ use std::{
     time::Duration,
 };
 
-use super::{Failure, Terms, left};
+use super::{Failure, Terms, cut::Cut, left};
 use crate::{
     bounds::SCRATCH_BYTES,
-    core::{Core, STOP},
+    config::schema::OnExhausted,
+    core::Core,
     dialect::{Api, Usage, meter::Meter},
-    error::{Dialect, Error},
+    error::{Dialect, Error, Kind},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, frame_in_place, write_chunk_head},
         head::Version,
@@ -23,13 +24,14 @@ use crate::{
     net::{
         Either, clock, race,
         runtime::{Timer, yield_now},
-        signal::Reached,
         sleep,
     },
+    quota::reservation::Exhausted,
     serve::{
         account::Account,
         answer::{self, Framing},
         connection::{Ahead, Client, Next},
+        ends::{End, Ends},
         upstream::{Broken, Upstream},
     },
 };
@@ -77,6 +79,8 @@ enum Came {
     /// The end of the answer.
     End,
     Failed(Failure),
+    /// A limit has nothing left; the client has been sent the end.
+    Cut,
     /// The client does not take it.
     ClientGone,
 }
@@ -86,17 +90,22 @@ enum Woken {
     Upstream,
     Client,
     Timer,
-    Stop,
+    Ended(End),
 }
 
 impl Stream {
     /// A stream whose upstream has answered and whose client has been sent nothing.
     pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
+        let mut meter = Meter::new(terms.api, terms.hide_usage);
+        let allowed = account.output_allowed();
+        if allowed < u64::MAX {
+            meter.bound(allowed, account.output_is_explicit());
+        }
         Stream {
             core: core.clone(),
             upstream,
             account,
-            meter: Meter::new(terms.api, terms.hide_usage),
+            meter,
             chunked: terms.head.version == Version::Http11,
             terms,
             unsent: Vec::new(),
@@ -130,15 +139,16 @@ impl Stream {
         let mut client_stirs = pin!(sock.readable());
         let mut watching = true;
         let mut timer = Timer::new(self.patience());
-        let mut stop = pin!(self.core.drain.reached(STOP));
+        let mut ends = pin!(Ends::new(&self.core, &self.terms.life));
         let mut reads = 0;
         loop {
-            if !self.flush(client, &mut stop).await {
+            if !self.flush(client, &mut ends).await {
                 came = Came::ClientGone;
             }
             match came {
                 Came::More => {}
                 Came::End => return (self.next(), true),
+                Came::Cut => return (self.next(), false),
                 Came::Failed(failure) => return (self.fail(client, failure).await, false),
                 Came::ClientGone => return (self.client_gone(), false),
             }
@@ -150,8 +160,8 @@ impl Stream {
                 self.ready_in_a_row = 0;
                 sleep(REST).await;
                 // The upstream is ready whenever it is looked at, so nobody else was.
-                if self.core.drain.level() >= STOP {
-                    came = Came::Failed(Failure::Stop);
+                if let Some(end) = ends.now() {
+                    came = Came::Failed(Failure::Ended(end));
                     continue;
                 }
                 if let Some(failure) = self.overdue() {
@@ -160,9 +170,9 @@ impl Stream {
                 }
             }
             let watched = watching.then_some(client_stirs.as_mut());
-            came = match self.wait(watched, &mut timer, stop.as_mut()).await {
+            came = match self.wait(watched, &mut timer, ends.as_mut()).await {
                 Woken::Upstream => self.read(client),
-                Woken::Stop => Came::Failed(Failure::Stop),
+                Woken::Ended(end) => Came::Failed(Failure::Ended(end)),
                 Woken::Timer => match self.overdue() {
                     Some(failure) => Came::Failed(failure),
                     None => {
@@ -215,7 +225,7 @@ impl Stream {
         &mut self,
         mut client: Option<Pin<&mut impl Future<Output = ()>>>,
         timer: &mut Timer,
-        mut stop: Pin<&mut Reached>,
+        mut ends: Pin<&mut Ends>,
     ) -> Woken {
         let Ok(conn) = self.upstream.conn() else {
             return Woken::Upstream;
@@ -236,7 +246,7 @@ impl Stream {
             if timer.poll(cx).is_ready() {
                 return Poll::Ready(Woken::Timer);
             }
-            stop.as_mut().poll(cx).map(|()| Woken::Stop)
+            ends.as_mut().poll(cx).map(Woken::Ended)
         })
         .await;
         self.ready_in_a_row = if polls == 1 { self.ready_in_a_row + 1 } else { 0 };
@@ -266,9 +276,20 @@ impl Stream {
         };
         let payload = READ_FROM + decoded.payload.start..READ_FROM + decoded.payload.end;
         let events = self.meter.seen.events;
-        let kept = self.meter.feed(&mut scratch[payload.clone()]);
+        let (account, mut exhausted) = (&mut self.account, None);
+        let kept = self
+            .meter
+            .feed_within(&mut scratch[payload.clone()], &mut |delivered| {
+                account
+                    .extend(delivered)
+                    .map_err(|rule| exhausted = Some(rule))
+                    .ok()
+            });
         let kept = payload.start + kept.start..payload.start + kept.end;
         self.note_time(!decoded.payload.is_empty(), self.meter.seen.events - events);
+        if let Some(exhausted) = exhausted {
+            return self.cut(client, scratch, kept, &exhausted);
+        }
         let rest = if decoded.done {
             self.meter.finish()
         } else {
@@ -287,6 +308,65 @@ impl Stream {
             (false, _) => Came::ClientGone,
             (true, false) => Came::More,
             (true, true) => Came::End,
+        }
+    }
+
+    /// Ends the stream behind what is still to be sent: a limit has nothing left. The upstream is dropped with its
+    /// connection, so that it works no longer for an answer that nobody gets.
+    fn cut(
+        &mut self,
+        client: &mut Client,
+        scratch: &mut [u8],
+        kept: std::ops::Range<usize>,
+        exhausted: &Exhausted,
+    ) -> Came {
+        let sent = if kept.is_empty() {
+            self.meter.ready()
+        } else {
+            &scratch[kept.clone()]
+        };
+        let end = match exhausted.on_exhausted {
+            OnExhausted::Error => {
+                let error = Error {
+                    code: Some("limit_exhausted"),
+                    ..Error::new(
+                        Kind::RateLimited,
+                        format!("{} is used up: the answer ends here", exhausted.name),
+                    )
+                };
+                self.account.error(error.code());
+                error_event(self.terms.api, &error)
+            }
+            OnExhausted::Finish => {
+                let told = &self.meter.seen;
+                let usage = Usage {
+                    prompt: self.account.input_estimated(),
+                    completion: told.tokens_estimated(),
+                    ..Usage::default()
+                };
+                let (id, unix_ms) = self.account.id();
+                let cut = Cut {
+                    api: self.terms.api,
+                    exhausted,
+                    opening: self.meter.opening(),
+                    sent,
+                    usage: told.usage.unwrap_or(usage),
+                    tell_usage: !self.terms.hide_usage,
+                    choices: self.terms.choices,
+                    id: &id,
+                    model: self.account.model(),
+                    unix_s: unix_ms / 1000,
+                };
+                cut.finish()
+            }
+        };
+        self.account
+            .sent(self.meter.ready().len() + kept.len() + end.len());
+        self.account.cut();
+        self.settle(Outcome::Complete);
+        match self.send(client, scratch, kept, &end, true) {
+            true => Came::Cut,
+            false => Came::ClientGone,
         }
     }
 
@@ -349,7 +429,7 @@ impl Stream {
 
     /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
     /// meanwhile. False: the client is gone, or takes nothing for too long.
-    async fn flush(&mut self, client: &mut Client, stop: &mut Pin<&mut Reached>) -> bool {
+    async fn flush(&mut self, client: &mut Client, ends: &mut Pin<&mut Ends>) -> bool {
         if self.unsent.is_empty() && !client.conn.has_unsent() {
             return true;
         }
@@ -359,8 +439,8 @@ impl Stream {
         let used_ns = clock::monotonic_ns() - self.account.started_ns();
         let core = self.core.clone();
         let total = core.late(left(self.terms.timeouts.total, used_ns));
-        let ends = race(stop.as_mut(), total);
-        match race(client.conn.write_all(&unsent, stall), ends).await {
+        let others = race(ends.as_mut(), total);
+        match race(client.conn.write_all(&unsent, stall), others).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
                 self.last_ns = clock::monotonic_ns();
@@ -369,7 +449,7 @@ impl Stream {
             Either::Second(end) => {
                 // The client stands in the middle of a chunk, where no error event can be put.
                 self.settle(match end {
-                    Either::First(()) => Outcome::Stopped,
+                    Either::First(_) => Outcome::Stopped,
                     Either::Second(()) => Outcome::TimedOut,
                 });
                 false
