@@ -41,7 +41,8 @@ fn gateways(fleet: &Server, redis: &Redis, limits: &str, store: &str) -> Vec<Gat
 
 fn ask(gateway: &Gateway) -> Answer {
     let mut client = Client::connect(gateway.addr());
-    client.post(CHAT, &chat("fast", false));
+    let body = r#"{"model":"fast","max_tokens":20,"messages":[{"role":"user","content":"hello"}]}"#;
+    client.post(CHAT, body);
     client.answer()
 }
 
@@ -120,7 +121,8 @@ fn parallel_requests_are_shared_and_slots_of_a_killed_gateway_come_back() {
         let begin = |gateway: &Gateway| {
             let mut client = Client::connect(gateway.addr());
             client.post(CHAT, &chat("fast", true));
-            (client.head().status == 200).then_some(client)
+            let head = client.receive_until(b"\r\n\r\n");
+            head.starts_with(b"HTTP/1.1 200").then_some(client)
         };
         let victim = gateways.pop().expect("a gateway");
         let mut streams: Vec<_> = (0..4).map(|_| eventually("a slot", || begin(&victim))).collect();
@@ -152,7 +154,7 @@ fn what_streams_and_answers_use_is_shared() {
         let served = exhaust(&all);
         // Ten each; near the end the last requests find no room for what they might use.
         assert!(served <= 300, "{served}");
-        assert!(served >= 150, "{served}");
+        assert!(served >= 300 - 3 * 4, "{served}");
         let refused = ask(&gateways[0]);
         assert!(refused.text().contains("tokens"), "{}", refused.text());
     }
@@ -211,6 +213,10 @@ fn without_the_store_local_goes_on_with_a_share() {
                 (store_of(gateway)["local_levels"] == 0).then_some(())
             });
         }
-        assert_eq!(exhaust(&all), 0, "all was used, and nothing of it is forgotten");
+        let rest = exhaust(&all);
+        assert!(
+            rest <= 90_u64.saturating_sub(served),
+            "{rest}: nothing is forgotten"
+        );
     }
 }

@@ -26,6 +26,8 @@ pub struct Directory {
     count: AtomicUsize,
     /// A request was refused for want of a lease: the next round should come at once.
     hungry: AtomicBool,
+    /// The store is gone, and what is not leased is refused.
+    closed: AtomicBool,
     /// Percent of the amount that may be used of a new level before the store has answered.
     first_share: AtomicU64,
     /// How long such an opening lasts, nanoseconds; 0: nothing may be used.
@@ -44,6 +46,7 @@ impl Default for Directory {
             shards: (0..LEASED_SHARDS).map(|_| ArcSwap::default()).collect(),
             count: AtomicUsize::new(0),
             hungry: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
             first_share: AtomicU64::new(0),
             opening_ns: AtomicU64::new(0),
             offset_ms: AtomicI64::new(0),
@@ -119,6 +122,16 @@ impl Directory {
     /// Sets it. For the control thread.
     pub fn set_offset_ms(&self, offset_ms: i64) {
         self.offset_ms.store(offset_ms, Relaxed);
+    }
+
+    /// Whether requests that find no lease are refused because the store is gone.
+    pub fn is_closed(&self) -> bool {
+        self.closed.load(Relaxed)
+    }
+
+    /// Says that the store is gone and what is not leased is refused, or that it is back. For the control thread.
+    pub fn set_closed(&self, closed: bool) {
+        self.closed.store(closed, Relaxed);
     }
 
     /// Asks for a round at once.

@@ -35,7 +35,7 @@ pub fn reserve(
     let standing = match query.hard {
         true => level.reserve(units, now_ns).map_err(|refused| {
             directory.hurry();
-            refusal(&refused, units)
+            refusal(&refused, units, directory.is_closed())
         })?,
         false => level.take_anyway(units, now_ns),
     };
@@ -99,8 +99,8 @@ fn of(standing: &LeaseStanding) -> Standing {
     }
 }
 
-fn refusal(refused: &LeaseStanding, units: u64) -> Refused {
-    if refused.stale {
+fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
+    if refused.stale || (closed && refused.remaining >= units) {
         return Refused::StoreGone;
     }
     // What other hosts may have cannot be had at once: a stream may begin with what is here.

@@ -170,6 +170,7 @@ impl Rounds {
         let settings = &self.cluster.settings;
         let lasts_ns = settings.lease.0.as_nanos() as u64;
         self.cluster.directory.set_opening(settings.first_share, lasts_ns);
+        self.cluster.directory.set_closed(false);
         self.cluster.lock().found();
     }
 
@@ -185,6 +186,7 @@ impl Rounds {
         }
         if refuses {
             self.cluster.directory.set_opening(0, 0);
+            self.cluster.directory.set_closed(true);
         }
         self.link = None;
         self.cluster.link.send_replace(None);

@@ -16,6 +16,10 @@ const AHEAD_S: f64 = 0.5;
 /// growing stream is not cut while there is much left.
 const FLOOR_PART: u64 = 8;
 
+/// A host that nothing was asked of for this time takes no more of a level, and where nothing is left but in the hands of
+/// hosts it gives back what it does not use, nanoseconds.
+const QUIET_NS: u64 = 500_000_000;
+
 /// A level that nothing was asked of for this time keeps one request's units, nanoseconds.
 pub const IDLE_NS: u64 = 2_000_000_000;
 
@@ -35,7 +39,10 @@ pub struct Tracker {
     seq: u64,
     /// `spent` as the store has it.
     known: Option<u64>,
+    /// The store's last answer.
     last: Answer,
+    /// The last answer, the store's or a local one: what is in force.
+    current: Answer,
     look: Look,
     looked_ns: u64,
     used_ns: u64,
@@ -82,6 +89,7 @@ impl Tracker {
                 hosts: 1,
                 ..Answer::default()
             },
+            current: Answer::default(),
             look,
             looked_ns: now.ns,
             used_ns: now.ns,
@@ -121,7 +129,11 @@ impl Tracker {
         };
         let kept = end.saturating_sub(look.spent);
         let needed = look.wanted.max(self.largest).saturating_sub(spare);
-        let wanted = target.max(look.wanted).saturating_sub(spare);
+        // Who was quiet for a while has enough, unless a request was refused.
+        let wanted = match self.is_quiet(now) {
+            true => look.wanted.saturating_sub(spare),
+            false => target.max(look.wanted).saturating_sub(spare),
+        };
 
         let renew = kept > 0 && now.ns.saturating_sub(self.reported_ns) >= now.lease_ns / 3;
         let changed = self.reported != Some((look.spent, kept)) || (self.local.is_some() && !locally);
@@ -151,8 +163,8 @@ impl Tracker {
     /// A level that holds nothing needs no lease: that there is nothing left stays known without asking again. The next
     /// request asks.
     fn doze(&self, now: Now, kept: u64) {
-        if kept == 0 && self.known.is_some() && self.local.is_none() {
-            self.put_in_force(self.look.allowance, &self.last, now.ns, now);
+        if kept == 0 && (self.known.is_some() || self.local.is_some()) {
+            self.put_in_force(self.look.allowance, &self.current, now.ns, now);
         }
     }
 
@@ -177,10 +189,7 @@ impl Tracker {
             self.used_ns = now.ns;
         }
         // Halves within some rounds: one giant does not hold a lease of its size for ever.
-        self.largest = (self.largest - self.largest / 8).max(look.largest.max(look.wanted));
-        if self.is_active(now) && self.largest == 0 {
-            self.largest = 1;
-        }
+        self.largest = (self.largest - self.largest.div_ceil(8)).max(look.largest.max(look.wanted));
         self.look = look;
         self.looked_ns = now.ns;
         look
@@ -190,13 +199,21 @@ impl Tracker {
         now.ns.saturating_sub(self.used_ns) < IDLE_NS
     }
 
+    fn is_quiet(&self, now: Now) -> bool {
+        now.ns.saturating_sub(self.used_ns) >= QUIET_NS
+    }
+
     /// Spare units that this host should have.
     fn target(&self, now: Now, look: &Look) -> u64 {
         let idle_ns = now.ns.saturating_sub(self.used_ns);
         if idle_ns >= RETIRE_NS || self.retired || self.has_ended(now) {
             return 0;
         }
-        let one = self.largest.max(look.wanted);
+        let one = self.largest.max(look.wanted).max(u64::from(self.is_active(now)));
+        if self.is_quiet(now) && self.current.free == 0 {
+            // All there is left is in hosts' hands: not in those that do not use it.
+            return 0;
+        }
         if idle_ns >= IDLE_NS {
             return one;
         }
@@ -229,6 +246,7 @@ impl Tracker {
             self.known = Some(report.spent);
             self.last = *answer;
         }
+        self.current = *answer;
         self.reported = Some((report.spent, answer.out));
         self.put_in_force(report.spent.saturating_add(answer.out), answer, sent_ns, now);
         self.look.allowance = self.look.allowance.max(report.spent.saturating_add(answer.out));
@@ -249,13 +267,12 @@ impl Tracker {
     }
 
     /// Grants while the store is gone and hosts go on by themselves: this host's share of the amount and of what was used.
-    /// Waits until the lease has run out: until then others may rest on the store's word.
+    /// Until the lease runs out others may rest on it, and this host on theirs.
     pub fn grant_locally(&mut self, hosts: u64, now: Now) {
         if self.local.is_none() {
-            let has_lease = self.known.is_some() && now.ns < self.level.valid_until_ns();
-            let has_opening =
-                self.known.is_none() && now.ns < self.level.valid_until_ns() && !self.level.is_hungry();
-            if has_lease || has_opening {
+            // A little before the lease runs out, so that no request falls between the two.
+            let is_valid = now.ns + now.lease_ns / 10 < self.level.valid_until_ns();
+            if is_valid && (self.known.is_some() || !self.level.is_hungry()) {
                 return;
             }
             self.level.lower(0);
