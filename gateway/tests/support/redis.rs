@@ -42,12 +42,19 @@ pub fn servers() -> Vec<&'static str> {
 impl Redis {
     /// Starts a server without persistence on a free port, with further arguments.
     pub fn start(binary: &'static str, arguments: &[&str]) -> Redis {
-        Redis::try_start(binary, arguments, free_port())
+        Redis::start_with(binary, || arguments.iter().map(ToString::to_string).collect())
     }
 
-    fn try_start(binary: &'static str, arguments: &[&str], port: u16) -> Redis {
+    /// As [`Redis::start`], with arguments that name further free ports.
+    pub fn start_with(binary: &'static str, arguments: impl Fn() -> Vec<String>) -> Redis {
+        // Another process may take a free port before the server does.
+        (0..10)
+            .find_map(|_| Redis::try_start(binary, arguments(), free_port()))
+            .expect("a server on a free port")
+    }
+
+    fn try_start(binary: &'static str, arguments: Vec<String>, port: u16) -> Option<Redis> {
         let directory = tempfile::tempdir().expect("a directory");
-        let arguments: Vec<String> = arguments.iter().map(ToString::to_string).collect();
         let mut redis = Redis {
             child: spawn(binary, port, &arguments, directory.path()),
             port,
@@ -102,7 +109,7 @@ impl Redis {
     pub fn restart(&mut self) {
         self.kill();
         self.child = spawn(self.binary, self.port, &self.arguments, self.directory.path());
-        self.await_ready();
+        assert!(self.is_ready(), "the server does not start again");
     }
 
     /// Three masters of one cluster.
@@ -135,7 +142,7 @@ impl Drop for Redis {
 }
 
 /// A port that is free now, and whose cluster bus port (10,000 higher) exists.
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     loop {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener.local_addr().expect("an address").port();
