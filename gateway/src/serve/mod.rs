@@ -14,4 +14,5 @@ mod answer;
 mod body;
 mod dispatch;
 mod relay;
+mod tags;
 mod upstream;

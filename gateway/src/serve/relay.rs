@@ -1,5 +1,6 @@
 //! Passing an upstream's answer on.
 
+pub mod drain;
 mod stream;
 mod whole;
 

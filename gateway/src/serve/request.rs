@@ -8,24 +8,23 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc};
 
 use super::{
-    account::Account,
+    account::{Account, Marks},
     answer,
     body::{self, Body},
     connection::{Client, Next, Served},
     dispatch::{self, Order},
     relay,
     snapshot::{Key, Model, Snapshot},
+    tags,
     upstream::{self, Upstream},
 };
 use crate::{
+    bounds::{DRAIN_TIME_MAX, NAME_BYTES_MAX},
     core::{Core, DRAIN, STOP},
-    dialect::{
-        Api, Usage,
-        request::{Call, estimate_input},
-    },
+    dialect::{Api, Usage, request::Call},
     error::{Dialect, Error, Kind},
     http::head::{Framing, Method},
     ledger::record::{Outcome, RequestId},
@@ -327,8 +326,9 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
+    let marks = marks(client, core, call)?;
     let estimate = Estimate {
-        input: estimate_input(body.bytes()),
+        input: model.input_tokens(body.bytes().len() as u64),
         output,
         output_is_explicit: call.output_max.is_some(),
     };
@@ -347,9 +347,24 @@ fn admit(
         api,
         estimate.input,
         body.bytes().len(),
+        marks,
         reservation,
     );
     Ok((account, admission.report))
+}
+
+/// What the client says of its request for the books.
+fn marks(client: &Client, core: &Core, call: &Call<'_>) -> Result<Marks, Error> {
+    let user = call.user.as_deref().unwrap_or_default();
+    let tags = client.head.field(&client.inbuf, "x-gateway-tags");
+    let or_empty = |text: &str| match text {
+        "" => core.empty.clone(),
+        text => Arc::from(text),
+    };
+    Ok(Marks {
+        user: or_empty(&user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
+        tags: or_empty(tags.map_or(Ok(""), tags::parse)?),
+    })
 }
 
 fn limit_error(denied: &Denied) -> Error {
@@ -384,14 +399,34 @@ async fn dispatch(
     order: &Order<'_>,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), core.drain.reached(STOP));
-    let dispatched = race(dispatch::run(core, order, account), ends).await;
+    let dispatched = {
+        let mut running = pin!(dispatch::run(core, order, account));
+        let ends = race(client.gone(core), core.drain.reached(STOP));
+        match race(running.as_mut(), ends).await {
+            // Read on for the books: the head of an answer that is not streamed comes with its end.
+            Either::Second(Either::First(())) if order.model.drains() => {
+                let ends = race(core.late(DRAIN_TIME_MAX), core.drain.reached(STOP));
+                match race(running, ends).await {
+                    Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),
+                    _ => Either::Second(Either::First(())),
+                }
+            }
+            Either::First(Ok(upstream)) => Either::First(Ok((upstream, false))),
+            Either::First(Err(error)) => Either::First(Err(error)),
+            Either::Second(ends) => Either::Second(ends),
+        }
+    };
     let prompt_only = Usage {
         prompt: account.input_estimated(),
         ..Usage::default()
     };
     let (error, outcome, usage) = match dispatched {
-        Either::First(Ok(upstream)) => return Ok(upstream),
+        Either::First(Ok((upstream, false))) => return Ok(upstream),
+        Either::First(Ok((upstream, true))) => {
+            account.answering(0, false);
+            relay::drain::rest(core, upstream, account, Vec::new()).await;
+            return Err(Refusal::Gone);
+        }
         Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => {
             (error, Outcome::TimedOut, prompt_only)
         }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Failure, Terms, left};
+use super::{Failure, Terms, drain, left};
 use crate::{
     bounds::SCRATCH_BYTES,
     core::{Core, STOP},
@@ -49,17 +49,19 @@ const REST: Duration = Duration::from_millis(1);
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
-    core: Rc<Core>,
-    upstream: Upstream,
-    account: Account,
-    meter: Meter,
-    terms: Terms,
+    pub(super) core: Rc<Core>,
+    pub(super) upstream: Upstream,
+    pub(super) account: Account,
+    pub(super) meter: Meter,
+    pub(super) terms: Terms,
     /// The client understands chunks; otherwise the connection's end is the stream's.
     chunked: bool,
     /// What the client's socket did not take.
     unsent: Vec<u8>,
     /// Something came behind the answer's end.
     left_over: bool,
+    /// The client is gone, and the rest is to be read for the books.
+    drains: bool,
     /// The connection's end came within an event of which the client has a part.
     cut_mid_event: bool,
     /// Waits in a row that were over at once.
@@ -101,6 +103,7 @@ impl Stream {
             terms,
             unsent: Vec::new(),
             left_over: false,
+            drains: false,
             cut_mid_event: false,
             ready_in_a_row: 0,
             last_ns: clock::monotonic_ns(),
@@ -114,6 +117,10 @@ impl Stream {
         core.telemetry.counters().streams_opened.inc();
         let (next, upstream_is_whole) = self.relay(client).await;
         core.telemetry.counters().streams_closed.inc();
+        if self.drains {
+            drain::detach(self);
+            return next;
+        }
         if upstream_is_whole {
             let Stream {
                 upstream, left_over, ..
@@ -447,18 +454,28 @@ impl Stream {
     }
 
     /// Closes the account with what the stream has told, or with an estimate of what was delivered.
-    fn settle(&mut self, outcome: Outcome) {
+    pub(super) fn settle(&mut self, outcome: Outcome) {
         let seen = &self.meter.seen;
-        let estimate = || Usage {
-            prompt: self.account.input_estimated(),
-            completion: seen.tokens_estimated(),
-            ..Usage::default()
+        let estimate = || {
+            let calibration = self.account.calibration().unwrap_or_default();
+            Usage {
+                prompt: self.account.input_estimated(),
+                completion: seen.tokens_estimated(&calibration),
+                ..Usage::default()
+            }
         };
         let usage = seen.usage.unwrap_or_else(estimate);
-        self.account.settle(outcome, usage, seen.usage.is_none());
+        let estimated = seen.usage.is_none();
+        self.account.finish(seen.finish);
+        self.account.text(seen.text_bytes());
+        self.account.settle(outcome, usage, estimated);
     }
 
     fn client_gone(&mut self) -> Next {
+        if self.account.drains() && !self.account.is_settled() {
+            self.drains = true;
+            return Next::Gone;
+        }
         self.settle(Outcome::ClientGone);
         Next::Gone
     }
