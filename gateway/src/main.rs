@@ -35,6 +35,7 @@ enum Command {
     Keys(cli::keys::Args),
     Status(cli::status::Args),
     Usage(cli::usage::Args),
+    Prices(cli::prices::Args),
     Kernel(cli::kernel::Args),
     Reload(cli::reload::Args),
 }
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         Command::Keys(args) => cli::keys::run(&args),
         Command::Status(args) => cli::status::run(&args),
         Command::Usage(args) => cli::usage::run(&args),
+        Command::Prices(args) => cli::prices::run(&args),
         Command::Kernel(args) => cli::kernel::run(&args),
         Command::Reload(args) => cli::reload::run(&args),
     }

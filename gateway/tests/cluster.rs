@@ -4,6 +4,7 @@
 mod support;
 
 use std::{
+    cell::Cell,
     net::IpAddr,
     sync::{
         Arc, Mutex,
@@ -25,7 +26,7 @@ use gateway::{
 };
 use support::{
     eventually,
-    redis::{Redis, servers},
+    redis::{Redis, free_port, servers},
 };
 use tokio::sync::oneshot;
 
@@ -427,20 +428,16 @@ fn a_password_and_tls() {
         assert!(!trouble.contains("sesame"), "{trouble}");
         Host::connected(&at(&redis, "  password: open-sesame\n"));
 
-        let tls_port = (redis.port + 1).to_string();
-        let tls = Redis::start(
-            binary,
-            &[
-                "--tls-port",
-                &tls_port,
-                "--tls-cert-file",
-                &path("cert.pem"),
-                "--tls-key-file",
-                &path("key.pem"),
-                "--tls-auth-clients",
-                "no",
-            ],
-        );
+        let tls_port = Cell::new(0);
+        let tls = Redis::start_with(binary, || {
+            tls_port.set(free_port());
+            let (port, cert, key) = (tls_port.get().to_string(), path("cert.pem"), path("key.pem"));
+            let names = ["--tls-port", "--tls-cert-file", "--tls-key-file", "--tls-auth-clients"];
+            let values: [&str; 4] = [&port, &cert, &key, "no"];
+            let pairs = names.into_iter().zip(values);
+            pairs.flat_map(|(name, value)| [name.into(), value.into()]).collect()
+        });
+        let tls_port = tls_port.get();
         let url = format!("  redis: rediss://127.0.0.1:{tls_port}\n  lease: 1s\n");
         let host = Host::connected(&store(&format!("{url}  ca: {}\n", path("cert.pem"))));
         eventually("a lease", || host.uses(1, Kind::Credit, 100, 50).then_some(()));

@@ -1,5 +1,7 @@
 //! `gateway check`: says what is wrong with a configuration.
 
+mod explain;
+
 use std::process::ExitCode;
 
 use super::common::{ConfigArg, EXIT_USAGE};
@@ -13,6 +15,7 @@ use crate::config::{self, Config};
 #[command(after_help = "\
 Examples:
   gateway check -c gateway.yaml
+  gateway check --explain key=alice model=fast user=bob header.x-tier=gold
   sudo -u gateway gateway check && sudo systemctl reload gateway
 
 Exit code: 0 the file is good (there may be warnings), 2 it is not.")]
@@ -22,6 +25,10 @@ pub struct Args {
     /// Also exit with 2 where there are warnings
     #[arg(long)]
     strict: bool,
+    /// Print which limits and budgets would bind such a request, in the order in which they are asked: key, model, user,
+    /// provider, path, client, header.NAME
+    #[arg(long, num_args = 0.., value_name = "NAME=VALUE")]
+    explain: Option<Vec<String>>,
 }
 
 /// Runs the command. Errors and warnings go to stderr, the summary to stdout.
@@ -36,6 +43,17 @@ pub fn run(args: &Args) -> ExitCode {
     };
     for warning in &config.warnings {
         eprintln!("warning: {warning}");
+    }
+    if let Some(words) = &args.explain {
+        match explain::explain(&config, words) {
+            Ok(lines) if lines.is_empty() => println!("nothing limits this request"),
+            Ok(lines) => lines.iter().for_each(|line| println!("{line}")),
+            Err(error) => {
+                eprintln!("{error:#}");
+                return ExitCode::from(EXIT_USAGE);
+            }
+        }
+        return ExitCode::SUCCESS;
     }
     println!("{}: ok ({})", path.display(), summary(&config));
     match args.strict && !config.warnings.is_empty() {

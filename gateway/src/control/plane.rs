@@ -225,6 +225,7 @@ impl State {
         self.follow(&config);
         inner.config = config;
         inner.registry.endpoints.sweep();
+        inner.registry.calibrations.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
         for warning in &inner.config.warnings {
@@ -318,8 +319,12 @@ impl State {
             Err(reason) if config.kernel.mode != KernelMode::Off => degraded.push(reason),
             Err(_) => {}
         }
-        if let Some(error) = self.ledger.status().trouble {
+        let ledger = self.ledger.status();
+        if let Some(error) = ledger.trouble {
             degraded.push(format!("ledger: {error}"));
+        }
+        if let Some(error) = ledger.export_trouble {
+            degraded.push(format!("export: {error}"));
         }
         degraded.extend(
             self.cluster
@@ -456,7 +461,14 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     note(workers(before) != workers(after), "workers");
     let ledger = |config: &Config| {
         let ledger = &config.ledger;
-        (ledger.path.clone(), ledger.sync, ledger.keep)
+        let export = serde_json::to_string(&ledger.export).unwrap_or_default();
+        (
+            ledger.path.clone(),
+            ledger.sync,
+            ledger.keep,
+            ledger.retention,
+            export,
+        )
     };
     note(ledger(before) != ledger(after), "ledger");
     note(

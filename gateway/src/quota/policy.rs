@@ -81,6 +81,8 @@ pub struct Policies {
     by_organization: HashMap<u64, Vec<u32>>,
     /// Whether any counts by user or client.
     counts_users: bool,
+    /// Names of the headers that any looks at.
+    headers: Vec<Box<str>>,
 }
 
 /// Text in which `*` stands for any text.
@@ -145,6 +147,11 @@ impl Policies {
     fn add(&mut self, policy: Policy) {
         let index = self.all.len() as u32;
         let matches = &policy.matches;
+        if let Some((name, _)) = &matches.header
+            && !self.headers.contains(name)
+        {
+            self.headers.push(name.clone());
+        }
         let list = match (matches.key, matches.team, matches.organization) {
             (Some(key), ..) => self.by_key.entry(key).or_default(),
             (_, Some(team), _) => self.by_team.entry(team).or_default(),
@@ -167,6 +174,11 @@ impl Policies {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.all.is_empty()
+    }
+
+    /// Names of the headers that policies look at; few.
+    pub fn headers(&self) -> &[Box<str>] {
+        &self.headers
     }
 
     /// The policy at a place.

@@ -8,10 +8,10 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc};
 
 use super::{
-    account::Account,
+    account::{Account, Marks},
     answer,
     body::{self, Body},
     connection::{Client, Next, Served},
@@ -20,16 +20,15 @@ use super::{
     keys::Key,
     relay,
     snapshot::{Model, Snapshot},
+    tags,
     upstream::{self, Upstream},
 };
 use sha2::{Digest, Sha256};
 
 use crate::{
+    bounds::{DRAIN_TIME_MAX, NAME_BYTES_MAX},
     core::{Core, DRAIN, STOP},
-    dialect::{
-        Api, Usage,
-        request::{Call, estimate_input},
-    },
+    dialect::{Api, Usage, request::Call},
     error::{Dialect, Error, Kind},
     http::head::{Framing, Method},
     ledger::record::{Outcome, RequestId},
@@ -152,11 +151,12 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         path: Some(api.path()),
     };
     let fields = upstream::forwarded(&client.head, &client.inbuf);
+    let noted = Noted::of(client, request);
     let body = receive_body(client, core, request).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     request.known.borrow_mut().model = Some(model.name.clone());
-    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
+    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body, &noted)?;
     let order = Order {
         id: request.id,
         api,
@@ -318,6 +318,7 @@ fn admit(
     model: &Arc<Model>,
     call: &Call<'_>,
     body: &Body,
+    noted: &Noted,
 ) -> Result<(Account, Report), Refusal> {
     if !core.books_are_open() {
         core.telemetry.counters().ledger_full.inc();
@@ -338,7 +339,8 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let input = estimate_input(body.bytes());
+    let marks = marks(core, call, noted)?;
+    let input = model.input_tokens(body.bytes().len() as u64);
     let ask = Ask {
         input,
         output,
@@ -346,11 +348,10 @@ fn admit(
         stream: call.stream,
         rates: model.rates(input, request.id.unix_ms()),
     };
-    let header = |name: &str| client.head.field(&client.inbuf, name);
-    let user = user_of(client, request, call);
+    let header = |name: &str| noted.header(name);
     let facts = Facts {
         ids: key.ids,
-        user: &user,
+        user: noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default(),
         model: &model.name,
         path: api.path(),
         client: client.ip,
@@ -370,18 +371,53 @@ fn admit(
         api,
         input,
         body.bytes().len(),
+        marks,
         admission.reservation,
     );
     Ok((account, admission.report))
 }
 
-/// Who of the key's users asks: the configured header, or the body's `user`.
-fn user_of<'a>(client: &'a Client, request: &'a Request, call: &'a Call<'_>) -> Cow<'a, str> {
-    let name = request.snapshot.user_header.as_deref();
-    match name.and_then(|name| client.head.field(&client.inbuf, name)) {
-        Some(value) => String::from_utf8_lossy(value),
-        None => Cow::Borrowed(call.user.as_deref().unwrap_or_default()),
+/// Headers that limits look at, kept from before the body came: its receipt takes the head's room.
+#[derive(Default)]
+struct Noted {
+    user: Option<String>,
+    tags: Option<Box<[u8]>>,
+    headers: Vec<(Box<str>, Box<[u8]>)>,
+}
+
+impl Noted {
+    fn of(client: &Client, request: &Request) -> Noted {
+        let snapshot = &request.snapshot;
+        let field = |name: &str| client.head.field(&client.inbuf, name);
+        let user = snapshot.user_header.as_deref().and_then(field);
+        let wanted = snapshot.policies.headers().iter();
+        Noted {
+            tags: field("x-gateway-tags").map(Into::into),
+            user: user.map(|value| String::from_utf8_lossy(value).into_owned()),
+            headers: wanted
+                .filter_map(|name| Some((name.clone(), field(name)?.into())))
+                .collect(),
+        }
     }
+
+    fn header(&self, name: &str) -> Option<&[u8]> {
+        let found = self.headers.iter().find(|(noted, _)| **noted == *name);
+        found.map(|(_, value)| &**value)
+    }
+}
+
+/// What the client says of its request for the books.
+fn marks(core: &Core, call: &Call<'_>, noted: &Noted) -> Result<Marks, Error> {
+    let user = noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default();
+    let tags = noted.tags.as_deref();
+    let or_empty = |text: &str| match text {
+        "" => core.empty.clone(),
+        text => Arc::from(text),
+    };
+    Ok(Marks {
+        user: or_empty(&user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
+        tags: or_empty(tags.map_or(Ok(""), tags::parse)?),
+    })
 }
 
 /// What a refusal by a limit says: which one, what is left, when it makes sense to try again.
@@ -460,14 +496,34 @@ async fn dispatch(
     key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), Ends::new(core, &key.life));
-    let dispatched = race(dispatch::run(core, order, account), ends).await;
+    let dispatched = {
+        let mut running = pin!(dispatch::run(core, order, account));
+        let ends = race(client.gone(core), Ends::new(core, &key.life));
+        match race(running.as_mut(), ends).await {
+            // Read on for the books: the head of an answer that is not streamed comes with its end.
+            Either::Second(Either::First(())) if order.model.drains() => {
+                let ends = race(core.late(DRAIN_TIME_MAX), Ends::new(core, &key.life));
+                match race(running, ends).await {
+                    Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),
+                    _ => Either::Second(Either::First(())),
+                }
+            }
+            Either::First(Ok(upstream)) => Either::First(Ok((upstream, false))),
+            Either::First(Err(error)) => Either::First(Err(error)),
+            Either::Second(ends) => Either::Second(ends),
+        }
+    };
     let prompt_only = Usage {
         prompt: account.input_estimated(),
         ..Usage::default()
     };
     let (error, outcome, usage) = match dispatched {
-        Either::First(Ok(upstream)) => return Ok(upstream),
+        Either::First(Ok((upstream, false))) => return Ok(upstream),
+        Either::First(Ok((upstream, true))) => {
+            account.answering(0, false);
+            relay::drain::rest(core, upstream, account, Vec::new()).await;
+            return Err(Refusal::Gone);
+        }
         Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => {
             (error, Outcome::TimedOut, prompt_only)
         }

@@ -62,16 +62,19 @@ impl Redis {
             arguments,
             directory,
         };
-        redis.await_ready();
-        redis
+        redis.is_ready().then_some(redis)
     }
 
-    fn await_ready(&mut self) {
+    /// Waits until it answers; false: it has ended.
+    fn is_ready(&mut self) -> bool {
         eventually("the server answers", || {
-            assert!(matches!(self.child.try_wait(), Ok(None)), "the server has ended");
+            if !matches!(self.child.try_wait(), Ok(None)) {
+                return Some(false);
+            }
             // Also one that asks for a password is ready.
-            self.ask("PING").filter(|answer| !answer.contains("LOADING"))
-        });
+            let answer = self.ask("PING")?;
+            (!answer.contains("LOADING")).then_some(true)
+        })
     }
 
     /// Where it is.
