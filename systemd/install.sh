@@ -54,7 +54,7 @@ install_files() {
 first_configuration() {
   local target=/etc/gateway/gateway.yaml key
   [ -e "$target" ] && { echo "install: $target stays as it is"; return; }
-  key=$(/usr/local/bin/gateway keys create --name alice)
+  key=$(/usr/local/bin/gateway keys create --offline --name alice)
   awk -v line="$(grep -E '^ *- \{' <<<"$key" | sed 's/^ *//')" \
     '/^ *- \{ name: alice,/ { print "  " line; next } { print }' "$root/examples/minimal.yaml" > "$target.new"
   chmod 640 "$target.new"

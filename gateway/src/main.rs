@@ -15,8 +15,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
     after_help = "\
 Examples:
   gateway demo                             see it work, on loopback, with a simulated fleet
-  gateway keys create --name alice         make a key
   gateway run -c /etc/gateway/gateway.yaml run it
+  gateway keys create --name alice         make a key
   gateway status                           how is it
 
 The configuration's fields stand in `gateway schema` and in examples/gateway.yaml."
@@ -33,6 +33,7 @@ enum Command {
     Check(cli::check::Args),
     Schema(cli::schema::Args),
     Keys(cli::keys::Args),
+    Budgets(cli::budgets::Args),
     Status(cli::status::Args),
     Usage(cli::usage::Args),
     Prices(cli::prices::Args),
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Check(args) => cli::check::run(&args),
         Command::Schema(args) => cli::schema::run(&args),
         Command::Keys(args) => cli::keys::run(&args),
+        Command::Budgets(args) => cli::budgets::run(&args),
         Command::Status(args) => cli::status::run(&args),
         Command::Usage(args) => cli::usage::run(&args),
         Command::Prices(args) => cli::prices::run(&args),

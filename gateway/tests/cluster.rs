@@ -432,10 +432,17 @@ fn a_password_and_tls() {
         let tls = Redis::start_with(binary, || {
             tls_port.set(free_port());
             let (port, cert, key) = (tls_port.get().to_string(), path("cert.pem"), path("key.pem"));
-            let names = ["--tls-port", "--tls-cert-file", "--tls-key-file", "--tls-auth-clients"];
+            let names = [
+                "--tls-port",
+                "--tls-cert-file",
+                "--tls-key-file",
+                "--tls-auth-clients",
+            ];
             let values: [&str; 4] = [&port, &cert, &key, "no"];
             let pairs = names.into_iter().zip(values);
-            pairs.flat_map(|(name, value)| [name.into(), value.into()]).collect()
+            pairs
+                .flat_map(|(name, value)| [name.into(), value.into()])
+                .collect()
         });
         let tls_port = tls_port.get();
         let url = format!("  redis: rediss://127.0.0.1:{tls_port}\n  lease: 1s\n");

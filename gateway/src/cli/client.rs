@@ -102,14 +102,68 @@ impl Client {
         self.read(request.header("authorization", self.bearer()).call())
     }
 
+    /// All entries of a list that comes in pages, up to `max`; `filter` are its other parameters.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub fn pages(&self, path: &str, filter: &str, max: usize) -> anyhow::Result<Vec<Value>> {
+        let mut entries = Vec::new();
+        let mut after = String::new();
+        loop {
+            let mut page = self.get(&format!("{path}?{filter}{after}"))?;
+            if let Value::Array(data) = page["data"].take() {
+                entries.extend(data);
+            }
+            match page["next"].as_str() {
+                Some(next) if entries.len() < max => after = format!("&after={next}"),
+                _ => {
+                    entries.truncate(max);
+                    return Ok(entries);
+                }
+            }
+        }
+    }
+
+    /// `DELETE path`.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub fn delete(&self, path: &str) -> anyhow::Result<()> {
+        let request = self.agent.delete(format!("{}{path}", self.base));
+        self.read(request.header("authorization", self.bearer()).call())
+            .map(drop)
+    }
+
+    /// `PATCH path` with a JSON body.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub fn patch(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        self.send(self.agent.patch(format!("{}{path}", self.base)), body)
+    }
+
+    /// `PUT path` with a JSON body.
+    ///
+    /// # Errors
+    /// As [`Client::get`].
+    pub fn put(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
+        self.send(self.agent.put(format!("{}{path}", self.base)), body)
+    }
+
     /// `POST path` with a JSON body.
     ///
     /// # Errors
     /// As [`Client::get`].
     pub fn post(&self, path: &str, body: &Value) -> anyhow::Result<Value> {
-        let request = self
-            .agent
-            .post(format!("{}{path}", self.base))
+        self.send(self.agent.post(format!("{}{path}", self.base)), body)
+    }
+
+    fn send(
+        &self,
+        request: ureq::RequestBuilder<ureq::typestate::WithBody>,
+        body: &Value,
+    ) -> anyhow::Result<Value> {
+        let request = request
             .header("authorization", self.bearer())
             .header("content-type", "application/json");
         self.read(request.send(body.to_string()))
@@ -128,6 +182,9 @@ impl Client {
             .limit(ANSWER_BYTES_MAX)
             .read_to_vec();
         let body = body.map_err(|error| self.explain(error))?;
+        if status.as_u16() == 204 {
+            return Ok(Value::Null);
+        }
         let value: Option<Value> = serde_json::from_slice(&body).ok();
         if status.is_success() {
             return value
@@ -161,6 +218,41 @@ impl Client {
             _ => anyhow::Error::new(error).context(format!("cannot talk to the gateway at {at}")),
         }
     }
+}
+
+/// A text as a part of a path or of a query (RFC 3986, section 2.1).
+pub fn encoded(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut out = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(byte.into()),
+            _ => drop(write!(out, "%{byte:02X}")),
+        }
+    }
+    out
+}
+
+/// Rows in columns as wide as they must be.
+pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().map(|row| row[column].chars().count());
+        cells.chain([head[column].len()]).max().unwrap_or_default()
+    };
+    let widths: Vec<usize> = (0..head.len()).map(width).collect();
+    let line = |cells: &[&str]| {
+        let padded: Vec<String> = cells
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"))
+            .collect();
+        format!("{}\n", padded.join("  ").trim_end())
+    };
+    let mut text = line(head);
+    for row in rows {
+        text += &line(&row.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+    text
 }
 
 /// `host:port`, also of `http://host:port/`.

@@ -27,7 +27,7 @@ pub const EXIT_USAGE: u8 = 2;
 mod tests {
     use clap::{Args as _, Command};
 
-    use crate::cli::{check, keys, schema};
+    use crate::cli::{budgets, check, keys, schema};
 
     #[test]
     fn the_command_lines_are_sound() {
@@ -35,6 +35,7 @@ mod tests {
             check::Args::augment_args(Command::new("check")),
             schema::Args::augment_args(Command::new("schema")),
             keys::Args::augment_args(Command::new("keys")),
+            budgets::Args::augment_args(Command::new("budgets")),
         ] {
             let mut command = command;
             command.build();

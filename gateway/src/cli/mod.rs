@@ -1,5 +1,6 @@
 //! One file a command.
 
+pub mod budgets;
 pub mod check;
 pub mod client;
 pub mod common;

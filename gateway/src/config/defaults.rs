@@ -88,6 +88,7 @@ impl Default for Admin {
         Admin {
             address: SocketAddr::from(ADMIN_ADDRESS),
             token: None,
+            tokens: Vec::new(),
         }
     }
 }

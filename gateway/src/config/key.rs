@@ -5,6 +5,8 @@
 
 use sha2::{Digest, Sha256};
 
+use crate::bounds::NAME_BYTES_MAX;
+
 /// What every generated key starts with, so that secret scanners can find one that leaked.
 pub const KEY_PREFIX: &str = "sk-gw-";
 
@@ -12,6 +14,20 @@ pub const KEY_PREFIX: &str = "sk-gw-";
 const KEY_BYTES: usize = 32;
 
 const BASE64URL: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// Whether the configuration takes this as a name.
+///
+/// # Errors
+/// Says what a name must not be.
+pub fn check_name(text: &str) -> Result<(), String> {
+    if text.is_empty() || text.len() > NAME_BYTES_MAX {
+        return Err(format!("a name has 1 to {NAME_BYTES_MAX} bytes"));
+    }
+    if text.chars().any(char::is_control) || text.trim() != text {
+        return Err("a name has no control characters, nor spaces at its ends".into());
+    }
+    Ok(())
+}
 
 /// SHA-256 of a virtual key as the client sends it.
 pub fn key_hash(key: &str) -> [u8; 32] {

@@ -22,7 +22,7 @@ mod validate;
 
 pub use endpoint::{Endpoint, parse_endpoint};
 pub use error::{Errors, Pos, Problem};
-pub use key::{KEY_PREFIX, generate_key, key_hash, parse_sha256, sha256_hex};
+pub use key::{KEY_PREFIX, check_name, generate_key, key_hash, parse_sha256, sha256_hex};
 pub use load::{Env, FILE_BYTES_MAX, load, parse, process_env};
 pub use schema::Config;
 pub use structure::json_schema;

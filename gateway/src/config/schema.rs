@@ -21,8 +21,11 @@ use super::{
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+mod admin;
 mod limits;
 mod store;
+
+pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
 pub use limits::*;
 pub use store::*;
 
@@ -172,18 +175,6 @@ pub struct Certificate {
     pub key: PathBuf,
 }
 
-/// The operator's door.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Admin {
-    /// IP address and port. It speaks plain HTTP: keep it on the loopback or a trusted network.
-    #[schemars(with = "Address")]
-    pub address: SocketAddr,
-    /// What administrators must present as `Authorization: Bearer`. Absent: one is generated into
-    /// `admin.token` under `ledger.path`, mode 0600.
-    pub token: Option<Secret>,
-}
-
 /// Which API a provider speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -284,7 +275,7 @@ pub struct Timeouts {
     pub total: Span,
 }
 
-/// A virtual key. `gateway keys create` makes one and prints its line.
+/// A virtual key. `gateway keys create --offline` makes one and prints its line.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Key {

@@ -279,10 +279,10 @@ pub fn parse_bytes(text: &str) -> Result<Bytes, String> {
 }
 
 /// An IP address with a port; only its JSON Schema is here.
-pub(super) struct Address;
+pub(crate) struct Address;
 
 /// An IP network; only its JSON Schema is here.
-pub(super) struct Network;
+pub(crate) struct Network;
 
 fn check_address(text: &str) -> Result<(), String> {
     text.parse::<SocketAddr>().map(drop).map_err(|_| {

@@ -1,6 +1,7 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod admin;
 mod limits;
 mod prices;
 mod runtime;
@@ -26,6 +27,7 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     let known = Known::new(config);
     runtime::listeners(config, report);
     runtime::admin(config, report);
+    admin::tokens(config, report);
     upstream::providers(config, report);
     upstream::models(config, report);
     limits::groups(config, &known, report);

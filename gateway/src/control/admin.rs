@@ -11,10 +11,23 @@
 //! | `POST /kernel/block`   | `{"client": "203.0.113.7", "for": "10m"}`                     |
 //! | `POST /kernel/unblock` | `{"client": "203.0.113.7"}`                                   |
 //!
+//! | `/v1/keys …`           | virtual keys ([`keys`])                                       |
+//! | `/v1/teams …`          | groups of keys ([`teams`])                                    |
+//! | `/v1/budgets …`        | budgets and credit ([`budgets`])                              |
+//! | `GET /v1/audit`        | who changed what                                              |
+//! | `GET /openapi.json`    | all of this as an OpenAPI 3.1 document                        |
+//!
+//! A token with the role `viewer` may only `GET`.
+//!
 //! Errors are `{"error": {"code": …, "message": …}}`. Everything is bounded: connections, the time
 //! for a head and for a request, the size of heads and bodies.
 
+mod access;
+mod budgets;
+mod keys;
+mod routes;
 mod state;
+mod teams;
 #[cfg(test)]
 mod tests;
 mod token;
@@ -32,15 +45,16 @@ use axum::{
     Json, Router,
     body::Bytes,
     extract::{DefaultBodyLimit, Request, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, Method, StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{get, post},
+    routing::get,
 };
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::{
@@ -49,13 +63,14 @@ use tokio::{
     task::JoinSet,
 };
 
+use super::access::Directory;
 use crate::{
-    config::units::{Secret, parse_span},
+    config::{schema::Role, units::parse_span},
     telemetry::prometheus,
 };
-use token::Guard;
+use routes::{Operation, Routes};
 
-pub use token::{token, token_path};
+pub use token::{Guard, token, token_path, tokens};
 
 /// Connections at the same time; more wait in the listener's queue. A scraper and a few people.
 const CONNECTIONS_MAX: usize = 64;
@@ -99,6 +114,8 @@ pub trait Plane: Send + Sync + 'static {
     fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String>;
     /// Lifts a block; false where there was none.
     fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String>;
+    /// Keys, teams and budgets.
+    fn directory(&self) -> &Directory;
 }
 
 /// Binds the admin API's address.
@@ -116,10 +133,10 @@ pub fn bind(address: SocketAddr) -> anyhow::Result<std::net::TcpListener> {
 pub async fn serve<P: Plane>(
     listener: TcpListener,
     plane: Arc<P>,
-    token: Secret,
+    guard: Arc<Guard>,
     stop: impl Future<Output = ()>,
 ) {
-    let router = router(plane, &token);
+    let router = router(plane, guard);
     let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let (ending, end) = watch::channel(());
     let mut connections = JoinSet::new();
@@ -191,16 +208,19 @@ async fn serve_connection(stream: TcpStream, router: Router, mut end: watch::Rec
 
 /// The routes. What is not `/healthz` passes the guard first, also what does not exist: a stranger
 /// does not learn which paths there are.
-fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
+fn router<P: Plane>(plane: Arc<P>, guard: Arc<Guard>) -> Router {
     let plane: Arc<dyn Plane> = plane;
-    let guard = Arc::new(Guard::new(token));
-    Router::new()
-        .route("/metrics", get(metrics))
-        .route("/status", get(status))
-        .route("/reload", post(reload))
-        .route("/kernel", get(kernel))
-        .route("/kernel/block", post(block))
-        .route("/kernel/unblock", post(unblock))
+    let (routes, mut document) = described().finish();
+    document["paths"]["/healthz"] = json!({ "get": {
+        "operationId": "health", "tags": ["state"], "security": [],
+        "summary": "Whether the control thread runs; without a token",
+        "responses": { "200": {
+            "description": "It does.", "content": { "text/plain": { "schema": { "type": "string" } } },
+        } },
+    } });
+    let document = Bytes::from(document.to_string());
+    routes
+        .route("/openapi.json", get(async move || openapi(document)))
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "not_found", "no such path"))
         .method_not_allowed_fallback(async || {
             Failure::new(
@@ -215,17 +235,97 @@ fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
         .with_state(plane)
 }
 
-/// Lets requests with the token through, for a bounded time.
-async fn admit(State(guard): State<Arc<Guard>>, request: Request, next: Next) -> Response {
-    if !guard.admits(bearer(request.headers())) {
+/// All routes that stand in the OpenAPI document.
+fn described() -> Routes {
+    let state = |id, summary| Operation::new(id, "state", summary);
+    let kernel_op = |id, summary| Operation::new(id, "kernel", summary);
+    const DONE: &str = "What was done.";
+    let routes = Routes::default()
+        .get(
+            "/metrics",
+            metrics,
+            state("getMetrics", "Prometheus metrics").text("Prometheus text."),
+        )
+        .get(
+            "/status",
+            status,
+            state("getStatus", "The gateway's state").answer::<Anything>(StatusCode::OK, "The state."),
+        )
+        .post(
+            "/reload",
+            reload,
+            state("reload", "Put the configuration file in force").answer::<Anything>(StatusCode::OK, DONE),
+        )
+        .get(
+            "/kernel",
+            kernel,
+            kernel_op("getKernel", "The kernel plane in detail")
+                .answer::<Anything>(StatusCode::OK, "The kernel plane."),
+        )
+        .post(
+            "/kernel/block",
+            block,
+            kernel_op("blockClient", "Drop a client's new connections")
+                .body::<Block>()
+                .answer::<Anything>(StatusCode::OK, DONE),
+        )
+        .post(
+            "/kernel/unblock",
+            unblock,
+            kernel_op("unblockClient", "Let a blocked client connect again")
+                .body::<Unblock>()
+                .answer::<Anything>(StatusCode::OK, DONE),
+        );
+    budgets::routes(teams::routes(keys::routes(routes)))
+}
+
+/// Figures for people; `gateway status` shows them.
+#[derive(JsonSchema)]
+#[schemars(transparent)]
+struct Anything(#[allow(dead_code)] serde_json::Map<String, Value>); // only its schema is used
+
+/// What every error looks like.
+#[derive(JsonSchema)]
+#[allow(dead_code)] // only its schema is used
+struct ErrorAnswer {
+    error: ErrorDetail,
+}
+
+/// What is wrong.
+#[derive(JsonSchema)]
+#[allow(dead_code)] // only its schema is used
+struct ErrorDetail {
+    /// A stable word for programs.
+    code: String,
+    /// A sentence for people.
+    message: String,
+}
+
+fn openapi(document: Bytes) -> Response {
+    ([(header::CONTENT_TYPE, "application/json")], document).into_response()
+}
+
+/// Lets requests with a token through that allows them, for a bounded time.
+async fn admit(State(guard): State<Arc<Guard>>, mut request: Request, next: Next) -> Response {
+    let Some(who) = guard.admits(bearer(request.headers())) else {
         let message = "the admin token is missing or wrong; send `Authorization: Bearer <token>`";
         let mut answer = Failure::new(StatusCode::UNAUTHORIZED, "unauthorized", message).into_response();
         let challenge = header::HeaderValue::from_static("Bearer");
         answer.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
         return answer;
+    };
+    if who.role != Role::Admin && !matches!(*request.method(), Method::GET | Method::HEAD) {
+        let message = "this token may only look (its role is viewer)";
+        return Failure::new(StatusCode::FORBIDDEN, "forbidden", message).into_response();
     }
+    request.extensions_mut().insert(who);
     match tokio::time::timeout(REQUEST_TIME_MAX, next.run(request)).await {
-        Ok(answer) => answer,
+        Ok(mut answer) => {
+            // Secrets are shown once, not kept on the way.
+            let no_store = header::HeaderValue::from_static("no-store");
+            answer.headers_mut().insert(header::CACHE_CONTROL, no_store);
+            answer
+        }
         Err(_) => Failure::new(
             StatusCode::REQUEST_TIMEOUT,
             "timeout",
@@ -268,15 +368,19 @@ async fn kernel(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
     Json(plane.kernel_status())
 }
 
-#[derive(Deserialize)]
+/// A client to be blocked.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Block {
+    /// Its address.
     client: IpAddr,
+    /// How long, from 1s to 30d; absent: 10m.
     #[serde(rename = "for")]
     hold: Option<String>,
 }
 
-#[derive(Deserialize)]
+/// A client to be let in again.
+#[derive(Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 struct Unblock {
     client: IpAddr,
@@ -314,9 +418,17 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
         .map_err(|error| Failure::bad_request(format!("the body is not understood: {error}")))
 }
 
+/// As [`parse`]; no body at all stands for the defaults.
+fn parse_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Failure> {
+    match body.is_empty() {
+        true => Ok(T::default()),
+        false => parse(body),
+    }
+}
+
 /// An answer that says what is wrong.
 #[derive(Debug)]
-struct Failure {
+pub struct Failure {
     status: StatusCode,
     code: &'static str,
     message: String,

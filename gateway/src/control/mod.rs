@@ -3,17 +3,25 @@
 //! The control thread never stands between a request and its answer. It runs on tokio-uring, which is a current-thread
 //! tokio runtime, so that ordinary libraries run on it; where io_uring is forbidden, on plain tokio.
 
+mod access;
 mod listen;
 mod plane;
 pub mod quota;
+pub mod store;
 
 pub mod admin;
 pub mod cluster;
 pub mod notify;
 
-use std::{future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use anyhow::{Context, bail};
+use arc_swap::ArcSwap;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     time::{Instant, MissedTickBehavior, interval},
@@ -23,7 +31,6 @@ use crate::{
     config::{
         Config,
         schema::{Driver, KernelMode},
-        units::Secret,
     },
     core::{self, DRAIN, STOP, Shared},
     kernel::{Kernel, Plan},
@@ -39,7 +46,8 @@ use crate::{
         logging,
     },
 };
-use plane::State;
+use access::{Access, Directory, Names};
+use plane::{Inner, State};
 
 /// How often the control thread looks after the kernel's blocks and the cores. It bounds how long an offender goes on
 /// after its last permitted refusal.
@@ -90,7 +98,7 @@ struct Gateway {
     threads: core::Threads,
     ledger: Arc<Ledger>,
     admin: std::net::TcpListener,
-    token: Secret,
+    guard: Arc<admin::Guard>,
 }
 
 impl Gateway {
@@ -99,7 +107,8 @@ impl Gateway {
         let cpus = runtime::cpus().context("cannot learn which CPUs may be used")?;
         let cores = config.workers.threads.unwrap_or(cpus.len()).max(1);
         let (ledger, journals) = Ledger::start(&config.ledger, cores)?;
-        let token = admin::token(&config)?;
+        let guard = Arc::new(admin::Guard::new(&config)?);
+        let db = store::open(&config.ledger.path)?;
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
@@ -107,6 +116,17 @@ impl Gateway {
         registry.quota = Arc::new(quota::open(&config, cluster.as_deref())?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
+        let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));
+        let inner = Arc::new(Mutex::new(Inner {
+            config: config.clone(),
+            registry,
+        }));
+        let access = Access::load(&db, shared.clone(), inner.clone())?;
+        let directory = Directory {
+            store: store::Store::start(db, access).context("cannot start the store of run-time keys")?,
+            names,
+            shared: shared.clone(),
+        };
         let listeners = listen::open(&config, cores)?;
         let kernel = load_kernel(&config, cores, &listeners)?;
         let log = AccessLog::start(shared.cores.clone(), &Destination::parse(&config.log.access))
@@ -129,12 +149,12 @@ impl Gateway {
         let ledger = Arc::new(ledger);
         let mut state = State::new(
             path,
-            config,
-            shared,
+            inner,
+            directory,
+            guard.clone(),
             engine,
             kernel,
             ledger.clone(),
-            registry,
             log,
             addresses,
             tls,
@@ -145,7 +165,7 @@ impl Gateway {
             threads,
             ledger,
             admin,
-            token,
+            guard,
         })
     }
 
@@ -156,14 +176,14 @@ impl Gateway {
             threads,
             ledger,
             admin,
-            token,
+            guard,
         } = self;
         // Before anyone is told that the gateway is ready: a signal then no longer kills it.
         let signals = Signals::listen()?;
         let (stop_admin, admin_stopped) = tokio::sync::oneshot::channel::<()>();
         let address = admin.local_addr()?;
         let admin = tokio::net::TcpListener::from_std(admin)?;
-        let api = admin::serve(admin, state.clone(), token, async {
+        let api = admin::serve(admin, state.clone(), guard, async {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);

@@ -12,7 +12,14 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{cluster::Cluster, listen::SharedTls, notify, quota::Alerts};
+use super::{
+    access::{Directory, Names},
+    admin::{self, Guard},
+    cluster::Cluster,
+    listen::SharedTls,
+    notify,
+    quota::Alerts,
+};
 use crate::{
     config::{
         self, Config,
@@ -58,37 +65,43 @@ pub struct State {
     /// What the process was started with: what only a restart changes still is as it says.
     at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
-    inner: Mutex<Inner>,
+    inner: Arc<Mutex<Inner>>,
+    directory: Directory,
+    guard: Arc<Guard>,
     kernel: Result<Mutex<Kernel>, String>,
     /// What this host shares with others; `None` where it stands alone.
     pub(super) cluster: Option<Arc<Cluster>>,
 }
 
 /// What a reload changes.
-struct Inner {
-    config: Config,
-    registry: Registry,
+pub(super) struct Inner {
+    pub config: Config,
+    pub registry: Registry,
 }
 
 impl State {
     #[allow(clippy::too_many_arguments)] // called once, where all of these have just been made
     pub fn new(
         path: PathBuf,
-        config: Config,
-        shared: Arc<Shared>,
+        inner: Arc<Mutex<Inner>>,
+        directory: Directory,
+        guard: Arc<Guard>,
         engine: Engine,
         kernel: Result<Kernel, String>,
         ledger: Arc<Ledger>,
-        registry: Registry,
         log: AccessLog,
         addresses: Vec<SocketAddr>,
         tls: Vec<SharedTls>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
+        let config = {
+            let inner = inner.lock().unwrap_or_else(PoisonError::into_inner);
+            resolver.watch(&inner.registry.endpoints.named());
+            inner.config.clone()
+        };
         let alerts = Alerts::start(&config.alerts)?;
-        resolver.watch(&registry.endpoints.named());
         Ok(State {
-            shared,
+            shared: directory.shared.clone(),
             engine,
             path,
             started: Instant::now(),
@@ -100,8 +113,10 @@ impl State {
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
-            at_start: config.clone(),
-            inner: Mutex::new(Inner { config, registry }),
+            at_start: config,
+            inner,
+            directory,
+            guard,
             kernel: kernel.map(Mutex::new),
             cluster: None,
         })
@@ -211,11 +226,14 @@ impl State {
         let config = config::load(&self.path).map_err(|errors| errors.to_string())?;
         // What may still fail comes first: a refused configuration leaves nothing behind.
         let fresh_tls = self.fresh_tls(&config)?;
+        let tokens = admin::tokens(&config).map_err(|error| format!("{error:#}"))?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
         let unchanged = needs_restart(&self.at_start, &config);
 
         let generation = snapshot.generation;
+        self.guard.set(tokens);
+        self.directory.names.store(Arc::new(Names::new(&config)));
         self.shared.snapshot.store(Arc::new(snapshot));
         for (shared, fresh) in self.tls.iter().zip(fresh_tls) {
             if let (Some(shared), Some(fresh)) = (shared, fresh) {
@@ -224,6 +242,7 @@ impl State {
         }
         self.follow(&config);
         inner.config = config;
+        super::access::renew_organizations(&self.shared, &inner.config);
         inner.registry.endpoints.sweep();
         inner.registry.calibrations.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
@@ -286,6 +305,7 @@ impl State {
             "engine": self.engine.name(),
             "models": inner.config.models.len(),
             "keys": inner.config.keys.len(),
+            "keys_at_run_time": self.shared.keys.len(),
             "connections_open": totals.connections_open(),
             "streams_open": totals.streams_open(),
             "requests": totals.requests,
@@ -331,7 +351,15 @@ impl State {
                 .as_ref()
                 .and_then(|cluster| cluster.status().trouble()),
         );
+        if let Some(error) = self.directory.store.trouble() {
+            degraded.push(format!("changes by administrators cannot be kept: {error}"));
+        }
         degraded
+    }
+
+    /// Keys, teams and budgets.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
     }
 
     /// Sums by key and model since the start, of what the ledger has folded.
@@ -452,8 +480,6 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     };
     note(addresses(before) != addresses(after), "listeners");
     note(before.admin.address != after.admin.address, "admin.address");
-    // A token that leaked and was changed is good for nothing only then.
-    note(before.admin.token != after.admin.token, "admin.token");
     let workers = |config: &Config| {
         let workers = &config.workers;
         (workers.threads, workers.driver, workers.pin)
@@ -523,7 +549,6 @@ mod tests {
     fn what_a_reload_does_not_change_is_named() {
         let with = |more: &str| config(&format!("listeners: [{{address: '127.0.0.1:1'}}]\n{more}"));
         for (more, part) in [
-            ("admin: { token: other }", "admin.token"),
             ("admin: { address: '127.0.0.1:9901' }", "admin.address"),
             ("workers: { threads: 3 }", "workers"),
             ("workers: { pin: false }", "workers"),

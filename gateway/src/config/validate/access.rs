@@ -10,7 +10,7 @@ pub(super) fn keys(config: &Config, known: &Known<'_>, report: &mut Report<'_>) 
     if config.keys.is_empty() {
         report.warning(
             &Path::default(),
-            "no `keys`: every request is refused; `gateway keys create` makes one",
+            "no `keys`: every request is refused; `gateway keys create` makes one at run time",
         );
     }
     let mut first: HashMap<[u8; 32], usize> = HashMap::new();

@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::{BoxFuture, Plane};
 use crate::{
-    control::{cluster, plane::State},
+    control::{access::Directory, cluster, plane::State},
     ledger::Counters,
     net::clock,
     telemetry::{
@@ -158,6 +158,10 @@ impl Plane for State {
 
     fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
         State::kernel_unblock(self, client)
+    }
+
+    fn directory(&self) -> &Directory {
+        State::directory(self)
     }
 }
 

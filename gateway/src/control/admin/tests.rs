@@ -1,20 +1,65 @@
 //! The admin API over a real socket.
 
-use std::sync::Mutex;
+use std::{path::Path, sync::Mutex};
 
+use arc_swap::ArcSwap;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     sync::oneshot,
 };
 
 use super::*;
+use crate::{
+    config::Config,
+    control::{
+        access::{Access, Names},
+        plane::Inner,
+        store::{self, Store},
+    },
+    core::Shared,
+    serve::snapshot::{Registry, Snapshot},
+};
 
 const TOKEN: &str = "s3cret";
 
-/// Remembers what it was told.
-#[derive(Default)]
+/// Remembers what it was told; its store is a real one.
 struct Fake {
     calls: Mutex<Vec<String>>,
+    directory: Directory,
+    _state: tempfile::TempDir,
+}
+
+const CONFIG: &str = "
+listeners: [{ address: '127.0.0.1:0' }]
+admin: { token: s3cret, tokens: [{ name: eve, token: eve-looks-at-everything }] }
+providers: { p: { kind: openai } }
+models: [{ name: fast, targets: [{ provider: p }] }]
+teams: [{ name: search }]
+keys: [{ name: filed, sha256: ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad, team: search }]
+";
+
+fn config() -> Config {
+    crate::config::parse(CONFIG, "test", Path::new("/"), &|_| None).expect("a configuration")
+}
+
+impl Fake {
+    fn new() -> Fake {
+        let state = tempfile::tempdir().expect("directory");
+        let config = config();
+        let mut registry = Registry::default();
+        let snapshot = Snapshot::build(&config, &mut registry).expect("a snapshot");
+        let shared = Arc::new(Shared::new(snapshot, 1));
+        let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));
+        let inner = Arc::new(Mutex::new(Inner { config, registry }));
+        let db = store::open(state.path()).expect("a database");
+        let access = Access::load(&db, shared.clone(), inner).expect("loaded");
+        let store = Store::start(db, access).expect("a store");
+        Fake {
+            calls: Mutex::default(),
+            directory: Directory { store, names, shared },
+            _state: state,
+        }
+    }
 }
 
 impl Fake {
@@ -47,6 +92,9 @@ impl Plane for Fake {
     fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
         self.note(format!("unblock {client}"));
         Ok(true)
+    }
+    fn directory(&self) -> &Directory {
+        &self.directory
     }
 }
 
@@ -103,11 +151,12 @@ fn with_server(test: impl AsyncFnOnce(&Server)) {
         let listener = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("bind");
         let server = Server {
             address: listener.local_addr().expect("address"),
-            plane: Arc::default(),
+            plane: Arc::new(Fake::new()),
         };
         let listener = TcpListener::from_std(listener).expect("listener");
         let (stop, stopped) = oneshot::channel::<()>();
-        let serving = serve(listener, server.plane.clone(), Secret::new(TOKEN), async {
+        let guard = Arc::new(Guard::new(&config()).expect("tokens"));
+        let serving = serve(listener, server.plane.clone(), guard, async {
             let _ = stopped.await;
         });
         let testing = async {
@@ -261,4 +310,412 @@ fn a_full_house_goes_on_when_someone_leaves() {
         idle.pop();
         assert_eq!(asked.await.status, 200);
     });
+}
+
+#[test]
+fn a_key_is_made_changed_rotated_and_revoked() {
+    with_server(async |server| {
+        let body = r#"{"name": "alice", "team": "search", "models": ["fast"], "metadata": {"who": "Alice"}}"#;
+        let made = server.ask("POST /v1/keys", body).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        assert!(made.head.contains("cache-control: no-store"), "{}", made.head);
+        let (id, secret) = (made.json()["key"]["id"].clone(), made.json()["secret"].clone());
+        let (id, secret) = (id.as_str().expect("id"), secret.as_str().expect("secret"));
+        let keys = &server.plane.directory.shared.keys;
+        let key = keys.get(&crate::config::key_hash(secret)).expect("in force");
+        assert_eq!((&*key.name, &*key.team), ("alice", "search"));
+        assert!(key.may_use("fast") && !key.may_use("slow"));
+
+        let shown = server.ask(&format!("GET /v1/keys/{id}"), "").await;
+        assert!(!shown.body.contains(secret), "{}", shown.body);
+        assert!(
+            shown.json()["secrets"][0]["hint"]
+                .as_str()
+                .expect("hint")
+                .ends_with(&secret[secret.len() - 4..])
+        );
+        let version = shown.json()["version"].as_u64().expect("version");
+        assert!(
+            shown.head.contains(&format!("etag: \"{version}\"")),
+            "{}",
+            shown.head
+        );
+
+        let patched = server
+            .ask(
+                &format!("PATCH /v1/keys/{id}"),
+                r#"{"models": null, "team": null, "disabled": true}"#,
+            )
+            .await;
+        assert_eq!(patched.status, 200, "{}", patched.body);
+        assert_eq!(patched.json()["state"], "disabled");
+        assert!(patched.json()["models"].is_null());
+        assert_eq!(patched.json()["metadata"]["who"], "Alice");
+        assert!(
+            keys.get(&crate::config::key_hash(secret))
+                .expect("known")
+                .disabled
+        );
+
+        let rotated = server
+            .ask(&format!("POST /v1/keys/{id}/rotate"), r#"{"overlap": "1h"}"#)
+            .await;
+        assert_eq!(rotated.status, 200, "{}", rotated.body);
+        let fresh = rotated.json()["secret"].as_str().expect("secret").to_owned();
+        assert_eq!(
+            rotated.json()["key"]["secrets"].as_array().expect("list").len(),
+            2
+        );
+        for secret in [secret, &fresh] {
+            assert!(keys.get(&crate::config::key_hash(secret)).is_some());
+        }
+        let rotated = server.ask(&format!("POST /v1/keys/{id}/rotate"), "").await;
+        let last = rotated.json()["secret"].as_str().expect("secret").to_owned();
+        for secret in [secret, &fresh] {
+            assert!(
+                keys.get(&crate::config::key_hash(secret)).is_none(),
+                "ended by a rotation without overlap"
+            );
+        }
+
+        let life = keys
+            .get(&crate::config::key_hash(&last))
+            .expect("in force")
+            .life
+            .clone();
+        let revoked = server.ask(&format!("POST /v1/keys/{id}/revoke"), "").await;
+        assert_eq!(revoked.json()["state"], "revoked", "{}", revoked.body);
+        assert!(keys.get(&crate::config::key_hash(&last)).is_none());
+        assert!(life.is_ended());
+        assert_eq!(
+            server.ask(&format!("PATCH /v1/keys/{id}"), "{}").await.status,
+            409
+        );
+        assert_eq!(server.ask(&format!("DELETE /v1/keys/{id}"), "").await.status, 204);
+        assert_eq!(server.ask(&format!("GET /v1/keys/{id}"), "").await.status, 404);
+
+        let audit = server.ask("GET /v1/audit", "").await.json();
+        let actions: Vec<&str> = audit["data"]
+            .as_array()
+            .expect("list")
+            .iter()
+            .filter_map(|entry| entry["action"].as_str())
+            .collect();
+        assert_eq!(
+            actions,
+            ["delete", "revoke", "rotate", "rotate", "update", "create"]
+        );
+        assert_eq!(audit["data"][0]["by"], "admin");
+        for secret in [secret, &fresh, &last] {
+            assert!(!audit.to_string().contains(secret));
+        }
+    });
+}
+
+#[test]
+fn a_change_of_what_was_changed_meanwhile_is_refused() {
+    with_server(async |server| {
+        let made = server.ask("POST /v1/keys", r#"{"name": "bob"}"#).await.json();
+        let id = made["key"]["id"].as_str().expect("id").to_owned();
+        let version = made["key"]["version"].as_u64().expect("version");
+        let patch = async |if_match: &str| {
+            let body = r#"{"tags": ["x"]}"#;
+            server
+                .raw(&format!(
+                    "PATCH /v1/keys/{id} HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\nif-match: {if_match}\r\n\
+                     authorization: Bearer {TOKEN}\r\ncontent-length: {}\r\n\r\n{body}",
+                    body.len()
+                ))
+                .await
+        };
+        assert_eq!(patch(&format!("\"{version}\"")).await.status, 200);
+        let stale = patch(&format!("\"{version}\"")).await;
+        assert_eq!(
+            (stale.status, stale.json()["error"]["code"].as_str()),
+            (412, Some("changed_meanwhile"))
+        );
+        assert_eq!(patch("*").await.status, 200);
+        assert_eq!(patch("17").await.status, 400);
+    });
+}
+
+#[test]
+fn lists_have_pages_and_the_files_keys() {
+    with_server(async |server| {
+        for name in ["a", "b", "c", "m", "z"] {
+            let body = format!(r#"{{"name": "{name}"}}"#);
+            assert_eq!(server.ask("POST /v1/keys", &body).await.status, 201);
+        }
+        let (mut names, mut after) = (Vec::new(), String::new());
+        loop {
+            let page = server.ask(&format!("GET /v1/keys?limit=2{after}"), "").await;
+            assert_eq!(page.status, 200, "{}", page.body);
+            let page = page.json();
+            let data = page["data"].as_array().expect("list");
+            assert!(data.len() <= 2);
+            names.extend(
+                data.iter()
+                    .map(|key| key["name"].as_str().expect("name").to_owned()),
+            );
+            let Some(next) = page["next"].as_str() else { break };
+            after = format!("&after={next}");
+        }
+        assert_eq!(names, ["a", "b", "c", "filed", "m", "z"]);
+        let by_team = server.ask("GET /v1/keys?team=search", "").await.json();
+        assert_eq!(by_team["data"][0]["source"], "file");
+        let id = by_team["data"][0]["id"].as_str().expect("id");
+        for (line, body) in [("DELETE", ""), ("PATCH", "{}")] {
+            let answer = server.ask(&format!("{line} /v1/keys/{id}"), body).await;
+            assert_eq!(answer.json()["error"]["code"], "read_only");
+        }
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        let leaked = server.ask(&format!("GET /v1/keys?sha256={abc}"), "").await.json();
+        assert_eq!(leaked["data"][0]["name"], "filed");
+        for wrong in [
+            "limit=0",
+            "limit=1001",
+            "after=zz",
+            "limit=x",
+            "colour=red",
+            "state=odd",
+        ] {
+            let answer = server.ask(&format!("GET /v1/keys?{wrong}"), "").await;
+            assert_eq!(answer.json()["error"]["code"], "bad_request", "{wrong}");
+        }
+    });
+}
+
+#[test]
+fn what_a_key_must_not_be_is_said() {
+    with_server(async |server| {
+        for (body, status, words) in [
+            ("", 400, "not understood"),
+            ("[]", 400, "not understood"),
+            (r#"{"name": "x", "nmae": "y"}"#, 400, "nmae"),
+            (r#"{"name": ""}"#, 400, "name"),
+            (r#"{"name": "x", "team": "nobody"}"#, 400, "team"),
+            (r#"{"name": "x", "models": ["nothing"]}"#, 400, "nothing"),
+            (
+                r#"{"name": "x", "networks": ["everywhere"]}"#,
+                400,
+                "not understood",
+            ),
+            (r#"{"name": "x", "expires_at": "soon"}"#, 400, "RFC 3339"),
+            (
+                r#"{"name": "x", "expires_in": "1h", "expires_at": "2030-01-01T00:00:00Z"}"#,
+                400,
+                "not both",
+            ),
+            (r#"{"name": "x", "sha256": "12"}"#, 400, "sha256"),
+            (r#"{"name": "filed"}"#, 409, "configuration file"),
+            (
+                r#"{"name": "x", "team": "search", "organization": "o"}"#,
+                400,
+                "organization",
+            ),
+            (
+                r#"{"name": "x", "sha256": "BA7816BF8F01CFEA414140DE5DAE2223B00361A396177A9CB410FF61F20015AD"}"#,
+                409,
+                "secret",
+            ),
+        ] {
+            let answer = server.ask("POST /v1/keys", body).await;
+            assert_eq!(answer.status, status, "{body}: {}", answer.body);
+            assert!(
+                answer.json()["error"]["message"]
+                    .as_str()
+                    .expect("words")
+                    .contains(words),
+                "{}",
+                answer.body
+            );
+        }
+        assert_eq!(server.ask("POST /v1/keys", r#"{"name": "x"}"#).await.status, 201);
+        assert_eq!(server.ask("POST /v1/keys", r#"{"name": "x"}"#).await.status, 409);
+        let audit = server.ask("GET /v1/audit", "").await.json();
+        assert_eq!(
+            audit["data"].as_array().expect("list").len(),
+            1,
+            "what failed is not in the log of changes"
+        );
+    });
+}
+
+#[test]
+fn a_viewer_looks_and_changes_nothing() {
+    with_server(async |server| {
+        let as_eve = async |line: &str, body: &str| {
+            server
+                .raw(&format!(
+                    "{line} HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n\
+                     authorization: Bearer eve-looks-at-everything\r\ncontent-length: {}\r\n\r\n{body}",
+                    body.len()
+                ))
+                .await
+        };
+        for path in [
+            "/status",
+            "/v1/keys",
+            "/v1/teams",
+            "/v1/budgets",
+            "/v1/audit",
+            "/openapi.json",
+        ] {
+            assert_eq!(as_eve(&format!("GET {path}"), "").await.status, 200, "{path}");
+        }
+        for line in [
+            "POST /reload",
+            "POST /kernel/block",
+            "POST /v1/keys",
+            "PATCH /v1/keys/x",
+            "DELETE /v1/keys/x",
+            "POST /v1/keys/x/revoke",
+            "PUT /v1/budgets/gateway/all",
+            "POST /nowhere",
+        ] {
+            let answer = as_eve(line, "{}").await;
+            assert_eq!(
+                (answer.status, answer.json()["error"]["code"].as_str()),
+                (403, Some("forbidden")),
+                "{line}"
+            );
+        }
+        assert!(server.plane.calls.lock().expect("calls").is_empty());
+    });
+}
+
+#[test]
+fn teams_and_budgets_are_kept_and_credit_is_added_once() {
+    with_server(async |server| {
+        let team = server
+            .ask("POST /v1/teams", r#"{"name": "a/b", "organization": "acme"}"#)
+            .await;
+        assert_eq!(team.status, 201, "{}", team.body);
+        assert_eq!(
+            server.ask("POST /v1/teams", r#"{"name": "search"}"#).await.status,
+            409
+        );
+        let key = server
+            .ask("POST /v1/keys", r#"{"name": "k", "team": "a/b"}"#)
+            .await
+            .json();
+        let hash = crate::config::key_hash(key["secret"].as_str().expect("secret"));
+        let keys = &server.plane.directory.shared.keys;
+        assert_eq!(&*keys.get(&hash).expect("key").organization, "acme");
+        let moved = server
+            .ask("PATCH /v1/teams/a%2Fb", r#"{"organization": null}"#)
+            .await;
+        assert_eq!(moved.status, 200, "{}", moved.body);
+        assert_eq!(&*keys.get(&hash).expect("key").organization, "");
+        assert_eq!(
+            server.ask("DELETE /v1/teams/a%2Fb", "").await.status,
+            409,
+            "it has a key"
+        );
+
+        let put = server
+            .ask(
+                "PUT /v1/budgets/team/a%2Fb",
+                r#"{"usd": "12.50", "every": "1mo", "alerts": [80, 50]}"#,
+            )
+            .await;
+        assert_eq!(put.status, 200, "{}", put.body);
+        assert_eq!(
+            (&put.json()["usd"], &put.json()["alerts"]),
+            (&json!("12.5"), &json!([50, 80]))
+        );
+        let topup = r#"{"usd": "5", "reference": "invoice 7"}"#;
+        assert_eq!(
+            server
+                .ask("POST /v1/budgets/team/a%2Fb/topups", topup)
+                .await
+                .status,
+            409,
+            "it has a period"
+        );
+        assert_eq!(server.ask("PUT /v1/budgets/key/k", "{}").await.status, 200);
+        assert_eq!(
+            server.ask("POST /v1/budgets/key/k/topups", topup).await.status,
+            201
+        );
+        let again = server.ask("POST /v1/budgets/key/k/topups", topup).await;
+        assert_eq!((again.status, &again.json()["credit_usd"]), (200, &json!("5")));
+        let other = r#"{"usd": "6", "reference": "invoice 7"}"#;
+        assert_eq!(
+            server.ask("POST /v1/budgets/key/k/topups", other).await.status,
+            409
+        );
+        let back = r#"{"usd": "-1.25", "reference": "refund"}"#;
+        let back = server.ask("POST /v1/budgets/key/k/topups", back).await;
+        assert_eq!((back.status, &back.json()["credit_usd"]), (201, &json!("3.75")));
+        let topups = server.ask("GET /v1/budgets/key/k/topups", "").await.json();
+        assert_eq!(
+            topups["data"][1],
+            json!({
+                "reference": "refund", "usd": "-1.25", "by": "admin", "at": topups["data"][1]["at"],
+            })
+        );
+        let keys_budgets = server.ask("GET /v1/budgets?scope=key", "").await.json();
+        assert_eq!(keys_budgets["data"].as_array().expect("list").len(), 1);
+        for (path, body) in [
+            ("/v1/budgets/key/nobody", "{}"),
+            ("/v1/budgets/gateway/none", "{}"),
+            ("/v1/budgets/planet/x", "{}"),
+            ("/v1/budgets/key/k", r#"{"usd": "a lot"}"#),
+            ("/v1/budgets/key/k", r#"{"every": "1d"}"#),
+            ("/v1/budgets/key/k", r#"{"alerts": [101]}"#),
+        ] {
+            let answer = server.ask(&format!("PUT {path}"), body).await;
+            assert_eq!(answer.status, 400, "{path} {body} {}", answer.body);
+        }
+        assert_eq!(server.ask("DELETE /v1/budgets/key/k", "").await.status, 204);
+        assert_eq!(
+            server.ask("PUT /v1/budgets/key/k", "{}").await.json()["credit_usd"],
+            "0"
+        );
+    });
+}
+
+#[test]
+fn the_document_has_every_route_and_every_reference_leads_somewhere() {
+    with_server(async |server| {
+        let document = server.ask("GET /openapi.json", "").await.json();
+        assert_eq!(document["openapi"], "3.1.0");
+        let mut operations = Vec::new();
+        for (path, methods) in document["paths"].as_object().expect("paths") {
+            for (method, operation) in methods.as_object().expect("methods") {
+                operations.push(operation["operationId"].as_str().expect("an id").to_owned());
+                // What is described is served: nothing answers 404 for want of a route, nor 405.
+                let path = path
+                    .replace("{scope}", "team")
+                    .replace("{id}", "x")
+                    .replace("{name}", "x");
+                let answer = server.ask(&format!("{} {path}", method.to_uppercase()), "").await;
+                assert_ne!(answer.status, 405, "{method} {path}");
+                assert!(!answer.body.contains("no such path"), "{method} {path}");
+            }
+        }
+        assert!(operations.len() >= 26, "{operations:?}");
+        let mut unique = operations.clone();
+        unique.sort();
+        unique.dedup();
+        assert_eq!(unique.len(), operations.len());
+        check_references(&document, &document);
+    });
+}
+
+fn check_references(value: &Value, document: &Value) {
+    match value {
+        Value::Object(fields) => {
+            if let Some(to) = fields.get("$ref").and_then(Value::as_str) {
+                let pointer = to.strip_prefix('#').expect("within the document");
+                assert!(document.pointer(pointer).is_some(), "{to}");
+            }
+            fields
+                .values()
+                .for_each(|field| check_references(field, document));
+        }
+        Value::Array(items) => items.iter().for_each(|item| check_references(item, document)),
+        _ => {}
+    }
 }

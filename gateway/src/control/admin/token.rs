@@ -1,17 +1,19 @@
-//! The admin token: where it comes from, and how it is compared.
+//! Admin tokens: where they come from, and how they are compared.
 
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context, bail};
+use arc_swap::ArcSwap;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::config::{Config, units::Secret};
+use crate::config::{Config, schema::Role, units::Secret};
 
 /// Random bytes of a generated token.
 const TOKEN_BYTES: usize = 32;
@@ -89,27 +91,69 @@ fn write_new(path: &Path, token: &str) -> io::Result<()> {
     file.sync_all()
 }
 
-/// Knows the token's hash. Hashes of what is presented are compared in constant time, so neither
-/// the token's length nor how much of it was right can be measured.
-pub(super) struct Guard {
-    hash: [u8; 32],
+/// Whose token a request has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Who {
+    /// `admin` for the one of `admin.token`.
+    pub name: Arc<str>,
+    pub role: Role,
+}
+
+/// Knows the tokens' hashes. Hashes of what is presented are compared in constant time, and always with all of them, so
+/// neither a token's length nor how much of it was right can be measured.
+pub struct Guard {
+    tokens: ArcSwap<Vec<([u8; 32], Arc<Who>)>>,
 }
 
 impl Guard {
-    pub(super) fn new(token: &Secret) -> Guard {
-        Guard {
-            hash: Sha256::digest(token.expose().as_bytes()).into(),
-        }
+    /// Admits the configuration's tokens.
+    ///
+    /// # Errors
+    /// As [`token`].
+    pub fn new(config: &Config) -> anyhow::Result<Guard> {
+        Ok(Guard {
+            tokens: ArcSwap::from_pointee(tokens(config)?),
+        })
     }
 
-    /// Whether this is the token.
-    pub(super) fn admits(&self, presented: Option<&str>) -> bool {
-        let Some(presented) = presented.filter(|token| !token.is_empty()) else {
-            return false;
-        };
-        let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
-        hash.ct_eq(&self.hash).into()
+    /// Admits another configuration's tokens from now on.
+    pub fn set(&self, tokens: Vec<([u8; 32], Arc<Who>)>) {
+        self.tokens.store(Arc::new(tokens));
     }
+
+    /// Whose token this is.
+    pub(super) fn admits(&self, presented: Option<&str>) -> Option<Arc<Who>> {
+        let presented = presented.filter(|token| !token.is_empty())?;
+        let hash: [u8; 32] = Sha256::digest(presented.as_bytes()).into();
+        let mut found = None;
+        for (known, who) in self.tokens.load().iter() {
+            if bool::from(known.ct_eq(&hash)) {
+                found = Some(who.clone());
+            }
+        }
+        found
+    }
+}
+
+/// All admin tokens of a configuration, as hashes.
+///
+/// # Errors
+/// As [`token`].
+pub fn tokens(config: &Config) -> anyhow::Result<Vec<([u8; 32], Arc<Who>)>> {
+    let entry = |token: &Secret, name: &str, role| {
+        let hash = Sha256::digest(token.expose().as_bytes()).into();
+        (
+            hash,
+            Arc::new(Who {
+                name: name.into(),
+                role,
+            }),
+        )
+    };
+    let mut tokens = vec![entry(&token(config)?, "admin", Role::Admin)];
+    let named = config.admin.tokens.iter();
+    tokens.extend(named.map(|named| entry(&named.token, &named.name, named.role)));
+    Ok(tokens)
 }
 
 #[cfg(test)]
@@ -144,11 +188,27 @@ mod tests {
 
     #[test]
     fn only_the_token_is_admitted() {
-        let guard = Guard::new(&Secret::new("right"));
-        assert!(guard.admits(Some("right")));
-        for wrong in [None, Some(""), Some("righ"), Some("right "), Some("Right")] {
-            assert!(!guard.admits(wrong), "{wrong:?}");
+        let config = |more: &str| -> Config {
+            let text = format!("listeners: [{{ address: '127.0.0.1:0' }}]\nadmin: {{ token: right{more} }}");
+            crate::config::parse(&text, "test", Path::new("/"), &|_| None).expect("a configuration")
+        };
+        let named = ", tokens: [{ name: eve, token: 0123456789abcdef }, \
+                     { name: ops, token: fedcba9876543210, role: admin }]";
+        let guard = Guard::new(&config(named)).expect("tokens");
+        let who = |token: &str| {
+            guard
+                .admits(Some(token))
+                .map(|who| (who.name.to_string(), who.role))
+        };
+        assert_eq!(who("right"), Some(("admin".into(), Role::Admin)));
+        assert_eq!(who("0123456789abcdef"), Some(("eve".into(), Role::Viewer)));
+        assert_eq!(who("fedcba9876543210"), Some(("ops".into(), Role::Admin)));
+        assert_eq!(guard.admits(None), None);
+        for wrong in ["", "righ", "right ", "Right"] {
+            assert_eq!(who(wrong), None, "{wrong:?}");
         }
-        assert!(!Guard::new(&Secret::new("")).admits(Some("")));
+        guard.set(tokens(&config("")).expect("tokens"));
+        assert_eq!(who("0123456789abcdef"), None);
+        assert!(who("right").is_some());
     }
 }

@@ -1,0 +1,353 @@
+//! `/v1/budgets`: what may be spent, and prepaid credit. Also `/v1/audit`: who changed what.
+
+use axum::{
+    Json,
+    body::Bytes,
+    extract::State,
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
+};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Failure,
+    access::{By, Names, PAGE_MAX, Page, Params, Tagged, cursor, moment, page_size, read_cursor, seen},
+    parse,
+    routes::{App, Operation, Routes},
+};
+use crate::control::store::{
+    self, Budget, BudgetSettings, Db, Entry, NewTopUp, Row, Scope, Standing, TopUp, usd,
+};
+
+pub fn routes(routes: Routes) -> Routes {
+    let op = |id, summary| Operation::new(id, "budgets", summary);
+    const ONE: &str = "The budget.";
+    routes
+        .get(
+            "/v1/budgets",
+            list,
+            op(
+                "listBudgets",
+                "List the budgets that were made at run time, by name",
+            )
+            .query::<BudgetQuery>()
+            .answer::<BudgetList>(StatusCode::OK, "A page of budgets."),
+        )
+        .get(
+            "/v1/budgets/{scope}/{name}",
+            show,
+            op("getBudget", "Show a budget; the gateway's own is `gateway/all`")
+                .answer::<BudgetView>(StatusCode::OK, ONE),
+        )
+        .put(
+            "/v1/budgets/{scope}/{name}",
+            set,
+            op("setBudget", "Make a budget, or change it to this")
+                .body::<BudgetSettings>()
+                .if_match()
+                .answer::<BudgetView>(StatusCode::OK, ONE),
+        )
+        .delete(
+            "/v1/budgets/{scope}/{name}",
+            delete,
+            op("deleteBudget", "Forget a budget and its credit")
+                .if_match()
+                .no_content("It is gone."),
+        )
+        .get(
+            "/v1/budgets/{scope}/{name}/topups",
+            topups,
+            op("listTopUps", "List the credit that was added, by reference")
+                .query::<Page>()
+                .answer::<TopUpList>(StatusCode::OK, "A page of top-ups."),
+        )
+        .post(
+            "/v1/budgets/{scope}/{name}/topups",
+            top_up,
+            op("topUpBudget", "Add prepaid credit, once for each reference")
+                .body::<NewTopUp>()
+                .answer::<BudgetView>(StatusCode::CREATED, "It was added.")
+                .answer::<BudgetView>(StatusCode::OK, "It had been added before."),
+        )
+        .get(
+            "/v1/audit",
+            audit,
+            Operation::new("listAudit", "audit", "List who changed what, the newest first")
+                .query::<AuditQuery>()
+                .answer::<AuditList>(StatusCode::OK, "A page of changes."),
+        )
+}
+
+/// Which budgets to list.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct BudgetQuery {
+    /// Entries at most, 1 to 1000.
+    #[schemars(range(min = 1, max = PAGE_MAX))]
+    limit: Option<usize>,
+    /// The `next` of the page before.
+    after: Option<String>,
+    /// Only budgets of this scope.
+    scope: Option<Scope>,
+}
+
+/// A budget.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct BudgetView {
+    scope: Scope,
+    /// The key's, team's or organization's name; `all` for the gateway.
+    name: String,
+    /// Dollars a period; null: prepaid credit.
+    usd: Option<String>,
+    /// The period; null: the budget is there once.
+    every: Option<String>,
+    /// Percents of use at which somebody is told.
+    alerts: Vec<u8>,
+    hard: bool,
+    /// All prepaid dollars that were added, used ones too.
+    credit_usd: String,
+    created_at: String,
+    updated_at: String,
+    /// Rises with each change; the `ETag` is made of it.
+    version: u64,
+}
+
+/// A page of budgets.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct BudgetList {
+    data: Vec<BudgetView>,
+    /// `after` of the next page; null at the end.
+    next: Option<String>,
+}
+
+/// Credit that was added.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct TopUpView {
+    reference: String,
+    usd: String,
+    at: String,
+    /// The name of the token that added it.
+    by: String,
+}
+
+/// A page of top-ups.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct TopUpList {
+    data: Vec<TopUpView>,
+    /// `after` of the next page; null at the end.
+    next: Option<String>,
+}
+
+impl BudgetView {
+    fn of((row, credit): &Standing) -> BudgetView {
+        let budget = &row.doc;
+        BudgetView {
+            scope: budget.scope,
+            name: budget.name.clone(),
+            usd: budget
+                .nano_usd
+                .map(|nano| usd(i64::try_from(nano).unwrap_or(i64::MAX))),
+            every: budget.every.clone(),
+            alerts: budget.alerts.clone(),
+            hard: budget.hard,
+            credit_usd: usd(*credit),
+            created_at: moment(budget.created_ms),
+            updated_at: moment(budget.updated_ms),
+            version: row.version,
+        }
+    }
+
+    fn answer(status: StatusCode, standing: &Standing) -> Response {
+        Tagged::row(status, &standing.0, BudgetView::of(standing)).into_response()
+    }
+}
+
+async fn list(
+    State(app): State<App>,
+    Params(query): Params<BudgetQuery>,
+) -> Result<Json<BudgetList>, Failure> {
+    let size = page_size(query.limit)?;
+    let after = read_cursor(query.after.as_deref())?;
+    let scope = query.scope.map(Scope::name).unwrap_or_default();
+    let look = move |db: &mut Db| {
+        let rows = db.list::<Budget>(scope, (&after.0, &after.1), size + 1)?;
+        let with_credit = |row: Row<Budget>| {
+            let credit = db.credit(&store::Doc::id(&row.doc))?;
+            Ok((row, credit))
+        };
+        rows.into_iter()
+            .map(with_credit)
+            .collect::<Result<Vec<Standing>, store::Failure>>()
+    };
+    let rows = app.directory().store.change(look).await?;
+    let more = rows.len() > size;
+    let last = rows.get(size - 1).filter(|_| more);
+    let next = last.map(|(row, _)| cursor(&row.doc.name, &store::Doc::id(&row.doc)));
+    let data = rows.iter().take(size).map(BudgetView::of).collect();
+    Ok(Json(BudgetList { data, next }))
+}
+
+async fn show(
+    State(app): State<App>,
+    Names((scope, name)): Names<(Scope, String)>,
+) -> Result<Response, Failure> {
+    let standing = app
+        .directory()
+        .store
+        .change(move |db| db.budget(scope, &name))
+        .await?;
+    Ok(BudgetView::answer(StatusCode::OK, &standing))
+}
+
+async fn set(
+    State(app): State<App>,
+    By(who): By,
+    Names((scope, name)): Names<(Scope, String)>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let settings: BudgetSettings = parse(&body)?;
+    let (seen, actor, of) = (seen(&headers)?, who.clone(), name.clone());
+    let known = app.directory().names.load_full();
+    let change = move |db: &mut Db| {
+        let exists = match scope {
+            Scope::Key => known.key(&of).is_some() || !db.named::<store::Key>(&of)?.is_empty(),
+            Scope::Team => known.teams.contains(&of) || db.has_team(&of)?,
+            Scope::Organization | Scope::Gateway => true,
+        };
+        if !exists {
+            let what = scope.name();
+            return Err(store::Failure::invalid(format!(
+                "there is no {what} of this name"
+            )));
+        }
+        db.set_budget((scope, &of), seen, &settings, &actor.name)
+    };
+    let standing = app.directory().store.change(change).await?;
+    tracing::info!(by = %who.name, scope = scope.name(), name, "budget set");
+    Ok(BudgetView::answer(StatusCode::OK, &standing))
+}
+
+async fn delete(
+    State(app): State<App>,
+    By(who): By,
+    Names((scope, name)): Names<(Scope, String)>,
+    headers: HeaderMap,
+) -> Result<StatusCode, Failure> {
+    let (seen, actor, of) = (seen(&headers)?, who.clone(), name.clone());
+    let change = move |db: &mut Db| db.delete_budget(scope, &of, seen, &actor.name);
+    app.directory().store.change(change).await?;
+    tracing::info!(by = %who.name, scope = scope.name(), name, "budget deleted");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn topups(
+    State(app): State<App>,
+    Names((scope, name)): Names<(Scope, String)>,
+    Params(page): Params<Page>,
+) -> Result<Json<TopUpList>, Failure> {
+    let size = page_size(page.limit)?;
+    let after = read_cursor(page.after.as_deref())?;
+    let look = move |db: &mut Db| {
+        db.budget(scope, &name)?;
+        db.list::<TopUp>(&Budget::id_of(scope, &name), (&after.0, &after.1), size + 1)
+    };
+    let rows = app.directory().store.change(look).await?;
+    let more = rows.len() > size;
+    let last = rows.get(size - 1).filter(|_| more);
+    let next = last.map(|row| cursor(&row.doc.reference, &store::Doc::id(&row.doc)));
+    let view = |row: &Row<TopUp>| TopUpView {
+        reference: row.doc.reference.clone(),
+        usd: usd(row.doc.nano_usd),
+        at: moment(row.doc.at_ms),
+        by: row.doc.by.clone(),
+    };
+    let data = rows.iter().take(size).map(view).collect();
+    Ok(Json(TopUpList { data, next }))
+}
+
+async fn top_up(
+    State(app): State<App>,
+    By(who): By,
+    Names((scope, name)): Names<(Scope, String)>,
+    body: Bytes,
+) -> Result<Response, Failure> {
+    let new: NewTopUp = parse(&body)?;
+    let (actor, of, amount) = (who.clone(), name.clone(), new.usd.clone());
+    let change = move |db: &mut Db| db.top_up(scope, &of, &new, &actor.name);
+    let (standing, fresh) = app.directory().store.change(change).await?;
+    if fresh {
+        tracing::info!(by = %who.name, scope = scope.name(), name, usd = amount, "credit added");
+    }
+    let status = if fresh {
+        StatusCode::CREATED
+    } else {
+        StatusCode::OK
+    };
+    Ok(BudgetView::answer(status, &standing))
+}
+
+/// Which changes to list.
+#[derive(Debug, Default, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AuditQuery {
+    /// Entries at most, 1 to 1000.
+    #[schemars(range(min = 1, max = PAGE_MAX))]
+    limit: Option<usize>,
+    /// Only entries with a smaller `seq`: the `next` of the page before.
+    before: Option<u64>,
+}
+
+/// A change by an administrator.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct AuditView {
+    seq: u64,
+    at: String,
+    /// The name of the token.
+    by: String,
+    /// create, update, rotate, revoke, delete or topup.
+    action: String,
+    /// key, team or budget.
+    kind: String,
+    id: String,
+    name: String,
+    /// What was asked for.
+    detail: serde_json::Value,
+}
+
+/// A page of changes.
+#[derive(Debug, Serialize, JsonSchema)]
+pub struct AuditList {
+    data: Vec<AuditView>,
+    /// `before` of the next page; null at the end.
+    next: Option<u64>,
+}
+
+async fn audit(
+    State(app): State<App>,
+    Params(query): Params<AuditQuery>,
+) -> Result<Json<AuditList>, Failure> {
+    let size = page_size(query.limit)?;
+    let before = query.before.unwrap_or(u64::MAX);
+    let look = move |db: &mut Db| db.audit_before(before, size);
+    let entries = app.directory().store.change(look).await?;
+    let next = entries
+        .last()
+        .filter(|_| entries.len() == size)
+        .map(|entry| entry.seq);
+    let view = |entry: Entry| AuditView {
+        seq: entry.seq,
+        at: moment(entry.unix_ms),
+        by: entry.actor,
+        action: entry.action,
+        kind: entry.kind,
+        id: entry.id,
+        name: entry.name,
+        detail: entry.detail,
+    };
+    Ok(Json(AuditList {
+        data: entries.into_iter().map(view).collect(),
+        next,
+    }))
+}
