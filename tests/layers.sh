@@ -34,6 +34,7 @@ forbid "unsafe belongs to net/ and kernel/" '\bunsafe\b' $(everything_but net ke
 forbid "monoio belongs to net/ and core/" '\bmonoio::' $(everything_but net core)
 forbid "aya belongs to kernel/" '\b(aya|aya_log)::' $(everything_but kernel)
 forbid "tokio belongs to the control thread" '\b(tokio|tokio_uring|axum)::' $(everything_but control cli telemetry)
+forbid "redis belongs to control/cluster/" '\bredis::' $(everything_but control)
 
 hot="serve http dialect quota"
 forbid "no lock in the data plane" '\b(Mutex|RwLock|Condvar)\b' $hot

@@ -118,5 +118,8 @@ fn record() -> Record {
         duration_us: 4_000_000,
         bytes_in: 5000,
         bytes_out: 40_000,
+        endpoint: Arc::from("http://10.0.0.11:8000"),
+        cost: Some(123_456),
+        ..Record::default()
     }
 }

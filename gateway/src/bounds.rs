@@ -3,6 +3,8 @@
 //! What an operator may want to change is in the configuration and has its default in
 //! [`crate::config`]; what stands here is a property of the program.
 
+use std::time::Duration;
+
 /// Longest request or response head, bytes. Heads of LLM clients are under 2 KiB; 32 KiB leaves
 /// room for large cookies and tracing headers and still bounds what an idle connection may hold.
 pub const HEAD_BYTES_MAX: usize = 32 * 1024;
@@ -44,10 +46,26 @@ pub const NAME_BYTES_MAX: usize = 128;
 /// Size of one journal segment, bytes.
 pub const SEGMENT_BYTES: usize = 4 * 1024 * 1024;
 
-/// Largest ledger record, bytes: the fixed part and five names of [`NAME_BYTES_MAX`].
-pub const RECORD_BYTES_MAX: usize = 1024;
+/// Largest ledger record, bytes: the fixed part, eight names of [`NAME_BYTES_MAX`] and the tags.
+pub const RECORD_BYTES_MAX: usize = 1472;
 
-/// Journal segments that wait, mapped, for a core: with records of 192 bytes some 40,000 requests,
+/// Longest list of tags of a request (`x-gateway-tags`), bytes, as it stands in its record.
+pub const TAGS_BYTES_MAX: usize = 255;
+
+/// Most tags of one request.
+pub const TAGS_MAX: usize = 16;
+
+/// Rows of one day in the rollup. Users come from outside: beyond it they are summed up as `other`.
+pub const ROLLUP_ROWS_PER_DAY_MAX: u64 = 100_000;
+
+/// What is read on of an answer whose client has hung up (`on_disconnect: drain`), bytes: a whole answer with all its
+/// events. Beyond it the upstream is cancelled and what was used is estimated.
+pub const DRAIN_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Longest time that such an answer is read on for.
+pub const DRAIN_TIME_MAX: Duration = Duration::from_secs(60);
+
+/// Journal segments that wait, mapped, for a core: with records of 256 bytes some 30,000 requests,
 /// time enough to make the next one.
 pub const SEGMENTS_READY: usize = 2;
 
@@ -71,6 +89,13 @@ pub const ATTEMPTS_MAX: usize = 3;
 
 /// Idle connections that a core keeps to one endpoint.
 pub const POOL_IDLE_MAX: usize = 256;
+
+/// Shared levels in use on one host at most. Each takes some 250 bytes here and 200 in the store; the control thread
+/// looks at all of them in each round, some 2 ms.
+pub const LEASED_LEVELS_MAX: usize = 65_536;
+
+/// Maps that they are kept in: adding one copies 64 entries at most on average.
+pub const LEASED_SHARDS: usize = 1_024;
 
 /// Alerts of budgets that wait to be told. Beyond it the oldest are forgotten: each budget alerts at most eight times a
 /// period, so that is a storm of which nobody reads the end.

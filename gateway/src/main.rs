@@ -37,6 +37,7 @@ enum Command {
     Budgets(cli::budgets::Args),
     Status(cli::status::Args),
     Usage(cli::usage::Args),
+    Prices(cli::prices::Args),
     Kernel(cli::kernel::Args),
     Reload(cli::reload::Args),
 }
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         Command::Budgets(args) => cli::budgets::run(&args),
         Command::Status(args) => cli::status::run(&args),
         Command::Usage(args) => cli::usage::run(&args),
+        Command::Prices(args) => cli::prices::run(&args),
         Command::Kernel(args) => cli::kernel::run(&args),
         Command::Reload(args) => cli::reload::run(&args),
     }

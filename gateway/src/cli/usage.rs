@@ -11,15 +11,18 @@ use std::{
 
 use anyhow::{Context, bail};
 use clap::ValueEnum;
-use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::common::{ConfigArg, beside};
 use crate::{
-    config::{schema, units},
+    config::{
+        schema,
+        units::{self, Dollars},
+    },
     ledger::{
+        line::{Line, write_csv_row},
         read::{self, Books, Counters, Group, Records, day_of},
-        record::{Flags, Record, RecordView, RequestId},
+        record::{Record, RecordView, RequestId},
     },
     net::clock,
 };
@@ -28,8 +31,10 @@ const EXAMPLES: &str = "\
 Examples:
   gateway usage                               all, by key and model
   gateway usage --by team,day --since 7d      the last seven days and today, UTC
+  gateway usage --by user,model --since 7d --format csv
   gateway usage --by model --json | jq .total
   gateway usage --records --last 20           the latest requests, one JSON object a line
+  gateway usage --records --since 1d --format csv > requests.csv
   gateway usage --records --id 0199b2c47a3e7c01a5d2f0b1c2d3e4f5";
 
 /// Sum up what requests used, by key and model
@@ -56,10 +61,13 @@ pub struct Args {
     /// Only from then on: `7d`, `12h`, or a day as `2026-01-31` (UTC). Sums are of whole days
     #[arg(long, value_name = "SPAN|DATE", value_parser = parse_since)]
     since: Option<Since>,
-    /// Print one JSON document instead of a table
-    #[arg(long)]
+    /// How to print. Records are never a table: they are JSON Lines unless this says csv
+    #[arg(long, value_enum)]
+    format: Option<Format>,
+    /// As `--format json`
+    #[arg(long, conflicts_with = "format")]
     json: bool,
-    /// Print single records as JSON Lines, as far back as segments are kept (`ledger.keep`)
+    /// Print single records, as far back as segments are kept (`ledger.keep`)
     #[arg(long)]
     records: bool,
     /// Only the latest N records, in order of time
@@ -73,11 +81,36 @@ pub struct Args {
 /// Most records that `--last` holds in memory.
 const LAST_MAX: i64 = 1_000_000;
 
+/// How sums and records are printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// For people
+    Table,
+    /// One document
+    Json,
+    /// One JSON object a line
+    Jsonl,
+    /// Comma-separated, with a line of names
+    Csv,
+}
+
+impl Args {
+    fn format(&self) -> Format {
+        match self.format {
+            Some(format) => format,
+            None if self.json => Format::Json,
+            None => Format::Table,
+        }
+    }
+}
+
 /// What sums are told apart by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum By {
     Key,
     Team,
+    Organization,
+    User,
     Model,
     Provider,
     UpstreamModel,
@@ -121,10 +154,16 @@ fn print(args: &Args, out: &mut impl Write) -> anyhow::Result<ExitCode> {
         let books = read::books(&state, day_min)?;
         warn_of_torn(books.torn);
         let (rows, total) = sum(&books, &args.by);
-        if args.json {
-            print_json(args, day_min, &rows, &total, out)?;
-        } else {
-            print_table(&args.by, &rows, &total, out)?;
+        match args.format() {
+            Format::Table => print_table(&args.by, &rows, &total, out)?,
+            Format::Json => print_json(args, day_min, &rows, &total, out)?,
+            Format::Jsonl => {
+                for (labels, sum) in &rows {
+                    let row = Value::Object(row(&args.by, labels, sum)?);
+                    writeln!(out, "{row}")?;
+                }
+            }
+            Format::Csv => print_csv(&args.by, &rows, out)?,
         }
         ExitCode::SUCCESS
     };
@@ -192,6 +231,8 @@ impl By {
         match self {
             By::Key => "key",
             By::Team => "team",
+            By::Organization => "organization",
+            By::User => "user",
             By::Model => "model",
             By::Provider => "provider",
             By::UpstreamModel => "upstream_model",
@@ -204,6 +245,8 @@ impl By {
         match self {
             By::Key => group.key.clone(),
             By::Team => group.team.clone(),
+            By::Organization => group.organization.clone(),
+            By::User => group.user.clone(),
             By::Model => group.model.clone(),
             By::Provider => group.provider.clone(),
             By::UpstreamModel => group.upstream_model.clone(),
@@ -225,6 +268,44 @@ fn sum(books: &Books, by: &[By]) -> (BTreeMap<Vec<String>, Counters>, Counters) 
     (rows, total)
 }
 
+/// A row of sums: the labels, the counters, and the cost in dollars besides.
+fn row(by: &[By], labels: &[String], counters: &Counters) -> anyhow::Result<Map<String, Value>> {
+    let mut object = Map::new();
+    for (by, label) in by.iter().zip(labels) {
+        object.insert(by.name().into(), Value::from(label.as_str()));
+    }
+    if let Value::Object(counters) = serde_json::to_value(counters)? {
+        object.extend(counters);
+    }
+    object.insert("cost_usd".into(), dollars(counters).into());
+    Ok(object)
+}
+
+/// Cost in dollars, exact. Where no record has a price there is no cost, which is not the same as none.
+fn dollars(counters: &Counters) -> Option<String> {
+    let any = counters.unpriced < counters.requests;
+    any.then(|| Dollars(counters.cost_nano_usd).to_string())
+}
+
+fn print_csv(by: &[By], rows: &BTreeMap<Vec<String>, Counters>, out: &mut impl Write) -> anyhow::Result<()> {
+    let names = by.iter().map(|by| by.name());
+    let names: Vec<Value> = names
+        .chain(Counters::NAMES)
+        .chain(["cost_usd"])
+        .map(Value::from)
+        .collect();
+    write_csv_row(&mut *out, &names)?;
+    for (labels, sum) in rows {
+        let row = row(by, labels, sum)?;
+        let values: Vec<&Value> = names
+            .iter()
+            .map(|name| &row[name.as_str().unwrap_or_default()])
+            .collect();
+        write_csv_row(&mut *out, values)?;
+    }
+    Ok(())
+}
+
 fn print_json(
     args: &Args,
     day_min: u32,
@@ -232,20 +313,12 @@ fn print_json(
     total: &Counters,
     out: &mut impl Write,
 ) -> anyhow::Result<()> {
-    let row = |labels: &Vec<String>, counters: &Counters| -> anyhow::Result<Value> {
-        let mut object = Map::new();
-        for (by, label) in args.by.iter().zip(labels) {
-            object.insert(by.name().into(), Value::from(label.as_str()));
-        }
-        if let Value::Object(counters) = serde_json::to_value(counters)? {
-            object.extend(counters);
-        }
-        Ok(Value::Object(object))
-    };
     let rows: Vec<Value> = rows
         .iter()
-        .map(|(labels, sum)| row(labels, sum))
+        .map(|(labels, sum)| row(&args.by, labels, sum).map(Value::Object))
         .collect::<Result<_, _>>()?;
+    let mut total_row = row(&[], &[], total)?;
+    let total = Value::Object(std::mem::take(&mut total_row));
     let since = args.since.map(|_| day_text(day_min));
     let document = json!({ "since": since, "rows": rows, "total": total });
     serde_json::to_writer_pretty(&mut *out, &document).map_err(io::Error::from)?;
@@ -253,7 +326,7 @@ fn print_json(
 }
 
 /// Columns of numbers in the table.
-const COLUMNS: [&str; 9] = [
+const COLUMNS: [&str; 11] = [
     "requests",
     "complete",
     "gone",
@@ -263,6 +336,8 @@ const COLUMNS: [&str; 9] = [
     "cached",
     "completion",
     "reasoning",
+    "usd",
+    "unpriced",
 ];
 
 fn cells(counters: &Counters) -> Vec<String> {
@@ -277,7 +352,12 @@ fn cells(counters: &Counters) -> Vec<String> {
         counters.completion_tokens,
         counters.reasoning_tokens,
     ];
-    numbers.iter().map(u64::to_string).collect()
+    let cost = dollars(counters).unwrap_or_else(|| "-".into());
+    numbers
+        .iter()
+        .map(u64::to_string)
+        .chain([cost, counters.unpriced.to_string()])
+        .collect()
 }
 
 fn print_table(
@@ -326,68 +406,13 @@ fn print_table(
     Ok(())
 }
 
-/// A record as it is printed.
-#[derive(Serialize)]
-struct Line<'a> {
-    time: String,
-    id: String,
-    key: &'a str,
-    team: &'a str,
-    model: &'a str,
-    provider: &'a str,
-    upstream_model: &'a str,
-    api: &'static str,
-    outcome: &'static str,
-    status: u16,
-    stream: bool,
-    estimated: bool,
-    retried: bool,
-    fallback: bool,
-    prompt_tokens: u64,
-    cached_tokens: u64,
-    completion_tokens: u64,
-    reasoning_tokens: u64,
-    ttft_us: u64,
-    duration_us: u64,
-    bytes_in: u64,
-    bytes_out: u64,
-}
-
-impl<'a> Line<'a> {
-    fn of(record: &RecordView<'a>) -> Line<'a> {
-        let time = i64::try_from(record.time_unix_ms)
-            .ok()
-            .and_then(|ms| jiff::Timestamp::from_millisecond(ms).ok());
-        Line {
-            time: time.map_or_else(|| record.time_unix_ms.to_string(), |time| format!("{time:.3}")),
-            id: record.id.to_string(),
-            key: record.key,
-            team: record.team,
-            model: record.model,
-            provider: record.provider,
-            upstream_model: record.upstream_model,
-            api: record.api.name(),
-            outcome: record.outcome.name(),
-            status: record.status,
-            stream: record.flags.has(Flags::STREAM),
-            estimated: record.flags.has(Flags::ESTIMATED),
-            retried: record.flags.has(Flags::RETRIED),
-            fallback: record.flags.has(Flags::FALLBACK),
-            prompt_tokens: record.usage.prompt,
-            cached_tokens: record.usage.cached,
-            completion_tokens: record.usage.completion,
-            reasoning_tokens: record.usage.reasoning,
-            ttft_us: record.ttft_us,
-            duration_us: record.duration_us,
-            bytes_in: record.bytes_in,
-            bytes_out: record.bytes_out,
-        }
+/// Prints a record in the format asked for.
+fn print_record(format: Format, record: &RecordView<'_>, out: &mut impl Write) -> io::Result<()> {
+    let line = Line::of(record);
+    match format {
+        Format::Csv => line.write_csv(out),
+        Format::Table | Format::Json | Format::Jsonl => line.write_json(out),
     }
-}
-
-fn print_record(record: &RecordView<'_>, out: &mut impl Write) -> io::Result<()> {
-    serde_json::to_writer(&mut *out, &Line::of(record)).map_err(io::Error::from)?;
-    writeln!(out)
 }
 
 /// A record in order of time.
@@ -426,6 +451,10 @@ fn print_records(
     let wanted = |record: &RecordView<'_>| record.time_unix_ms >= since_unix_ms;
     let mut printed = Ok(());
     let mut found = false;
+    let format = args.format();
+    if format == Format::Csv {
+        Line::write_csv_head(&mut *out)?;
+    }
     let mut latest: BinaryHeap<Reverse<ByTime>> = BinaryHeap::new();
     records.each(|record| {
         match (args.id, args.last) {
@@ -441,12 +470,12 @@ fn print_records(
             _ => {}
         }
         found = true;
-        printed = print_record(record, out);
+        printed = print_record(format, record, out);
         printed.is_ok() && args.id.is_none()
     })?;
     printed?;
     while let Some(Reverse(ByTime(record))) = latest.pop() {
-        print_record(&record.view(), out)?;
+        print_record(format, &record.view(), out)?;
     }
     warn_of_torn(records.torn());
     if let (Some(id), false) = (args.id, found) {

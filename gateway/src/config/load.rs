@@ -257,6 +257,9 @@ impl Config {
         {
             *ca = base_dir.join(&ca);
         }
+        if let Some(ca) = self.store.as_mut().and_then(|store| store.ca.as_mut()) {
+            *ca = base_dir.join(&ca);
+        }
         self.ledger.path = base_dir.join(&self.ledger.path);
         if validate::is_file_of_access_log(&self.log.access) {
             self.log.access = base_dir.join(&self.log.access).display().to_string();

@@ -24,9 +24,11 @@ use crate::bounds::NAME_BYTES_MAX;
 pub use kernel::{Connections, Drop, Kernel, KernelMode, Xdp, XdpMode};
 mod admin;
 mod limits;
+mod store;
 
 pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
 pub use limits::*;
+pub use store::*;
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -77,6 +79,9 @@ pub struct Config {
     /// The books: one record for every accepted request.
     #[serde(default)]
     pub ledger: Ledger,
+    /// What several hosts share. Absent: each counts for itself.
+    #[serde(default)]
+    pub store: Option<Store>,
     /// The operator's own prices; the first entry that fits a request counts, and goes before the built-in list.
     #[serde(default)]
     #[schemars(length(max = prices::ENTRIES_MAX))]
@@ -338,7 +343,6 @@ pub struct Http {
     /// How long a client may take nothing of its answer; more than 0, at most 1d.
     pub write_timeout: Span,
 }
-
 
 /// The program's own log and the access log.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]

@@ -38,6 +38,9 @@ pub(super) fn fields(config: &mut Config) -> Vec<(Path, &mut Secret)> {
     if let Some(token) = &mut config.admin.token {
         fields.push((root.name("admin").name("token"), token));
     }
+    if let Some(password) = config.store.as_mut().and_then(|store| store.password.as_mut()) {
+        fields.push((root.name("store").name("password"), password));
+    }
     let tokens = root.name("admin").name("tokens");
     for (index, token) in config.admin.tokens.iter_mut().enumerate() {
         fields.push((tokens.index(index).name("token"), &mut token.token));

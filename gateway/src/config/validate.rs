@@ -6,6 +6,7 @@ mod kernel;
 mod limits;
 mod prices;
 mod runtime;
+mod store;
 mod upstream;
 
 use std::collections::HashMap;
@@ -40,6 +41,7 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     runtime::ledger(config, report);
     prices::check(config, report);
     runtime::log(config, report);
+    store::store(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);
 }
 

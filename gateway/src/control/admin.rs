@@ -249,7 +249,8 @@ fn described() -> Routes {
         .post(
             "/reload",
             reload,
-            state("reload", "Put the configuration file in force").answer::<Anything>(StatusCode::OK, "What was done."),
+            state("reload", "Put the configuration file in force")
+                .answer::<Anything>(StatusCode::OK, "What was done."),
         );
     budgets::routes(teams::routes(keys::routes(kernel::routes(routes))))
 }

@@ -10,6 +10,7 @@ pub mod quota;
 pub mod store;
 
 pub mod admin;
+pub mod cluster;
 pub mod notify;
 
 use std::{
@@ -54,6 +55,9 @@ const TICK: Duration = Duration::from_millis(20);
 
 /// How long the data plane may take to end after [`STOP`]; then the process ends without it.
 const STOP_TIME: Duration = Duration::from_secs(5);
+
+/// How long giving leases back may hold up the end.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
 
 /// Age of a core's heartbeat at which it counts as stuck.
 const HEARTBEAT_MS_MAX: u64 = 5_000;
@@ -110,7 +114,8 @@ impl Gateway {
         let admin = admin::bind(config.admin.address)?;
 
         let mut registry = Registry::default();
-        registry.quota = Arc::new(quota::open(&config)?);
+        let cluster = cluster::join(&config)?;
+        registry.quota = Arc::new(quota::open(&config, cluster.as_deref())?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
         let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));
@@ -144,7 +149,7 @@ impl Gateway {
         )
         .context("cannot start the data plane")?;
         let ledger = Arc::new(ledger);
-        let state = State::new(
+        let mut state = State::new(
             path,
             inner,
             directory,
@@ -156,6 +161,7 @@ impl Gateway {
             addresses,
             tls,
         )?;
+        state.cluster = cluster;
         Ok(Gateway {
             state: Arc::new(state),
             threads,
@@ -183,6 +189,7 @@ impl Gateway {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);
+        let cluster = state.cluster.as_ref().map(|cluster| cluster.start(state.clone()));
         let (cores, engine) = (state.shared.cores.len(), state.engine.name());
         tracing::info!(cores, engine, admin = %address, "ready");
         notify::ready();
@@ -195,6 +202,10 @@ impl Gateway {
             threads.join();
         } else {
             tracing::warn!("the data plane did not end in time; ending without it");
+        }
+        if let Some(cluster) = cluster {
+            // Requests that ended have settled: the others need not wait for the leases to run out.
+            cluster.end(LEAVE_TIME).await;
         }
         state.end();
         if let Err(error) = ledger.flush() {

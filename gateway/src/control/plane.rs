@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 use super::{
     access::{Directory, Names},
     admin::{self, Guard, kernel::Target},
+    cluster::Cluster,
     listen::SharedTls,
     notify,
     quota::Alerts,
@@ -66,6 +67,8 @@ pub struct State {
     directory: Directory,
     guard: Arc<Guard>,
     kernel: Result<Mutex<Kernel>, String>,
+    /// What this host shares with others; `None` where it stands alone.
+    pub(super) cluster: Option<Arc<Cluster>>,
 }
 
 /// What a reload changes.
@@ -113,6 +116,7 @@ impl State {
             directory,
             guard,
             kernel: kernel.map(Mutex::new),
+            cluster: None,
         })
     }
 
@@ -120,7 +124,7 @@ impl State {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn kernel(&self) -> Result<MutexGuard<'_, Kernel>, String> {
+    pub(super) fn kernel(&self) -> Result<MutexGuard<'_, Kernel>, String> {
         match &self.kernel {
             Ok(kernel) => Ok(kernel.lock().unwrap_or_else(PoisonError::into_inner)),
             Err(reason) => Err(format!("the kernel plane is off: {reason}")),
@@ -158,7 +162,8 @@ impl State {
         let hold = self.inner().config.kernel.drop.hold.0;
         match kernel.block_client(client, hold) {
             Ok(()) => {
-                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
+                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked");
+                self.tell_block(kernel.net_of(client), Some(hold));
             }
             Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
             Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
@@ -237,6 +242,7 @@ impl State {
         inner.config = config;
         super::access::renew_organizations(&self.shared, &inner.config);
         inner.registry.endpoints.sweep();
+        inner.registry.calibrations.sweep();
         self.resolver.watch(&inner.registry.endpoints.named());
         tracing::info!(generation, "configuration reloaded");
         for warning in &inner.config.warnings {
@@ -307,6 +313,7 @@ impl State {
             "limits": super::quota::status(&snapshot.quota),
             "alerts": self.alerts.counts().into_iter().collect::<std::collections::BTreeMap<_, _>>(),
             "kernel": self.kernel_brief(),
+            "store": self.cluster.as_ref().map(|cluster| cluster.status().json()),
             "degraded": self.degraded(&inner.config),
         })
     }
@@ -331,9 +338,18 @@ impl State {
             Err(reason) if config.kernel.mode != KernelMode::Off => degraded.push(reason),
             Err(_) => {}
         }
-        if let Some(error) = self.ledger.status().trouble {
+        let ledger = self.ledger.status();
+        if let Some(error) = ledger.trouble {
             degraded.push(format!("ledger: {error}"));
         }
+        if let Some(error) = ledger.export_trouble {
+            degraded.push(format!("export: {error}"));
+        }
+        degraded.extend(
+            self.cluster
+                .as_ref()
+                .and_then(|cluster| cluster.status().trouble()),
+        );
         if let Some(error) = self.directory.store.trouble() {
             degraded.push(format!("changes by administrators cannot be kept: {error}"));
         }
@@ -375,16 +391,18 @@ impl State {
     pub fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String> {
         let kernel = self.kernel()?;
         let net = target.net(|client| kernel.net_of(client));
-        let blocked = kernel.block(net, hold).map_err(|error| error.to_string());
-        blocked.map(|()| net)
+        kernel.block(net, hold).map_err(|error| error.to_string())?;
+        self.tell_block(net, Some(hold));
+        Ok(net)
     }
 
     /// Lifts a block; says of which network, and false where there was none.
     pub fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
         let kernel = self.kernel()?;
         let net = target.net(|client| kernel.net_of(client));
-        let lifted = kernel.unblock(net).map_err(|error| error.to_string());
-        lifted.map(|lifted| (net, lifted))
+        let lifted = kernel.unblock(net).map_err(|error| error.to_string())?;
+        self.tell_block(net, None);
+        Ok((net, lifted))
     }
 
     /// The clients with the most open connections, as the kernel counts them; at most so many.
@@ -439,13 +457,21 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     note(workers(before) != workers(after), "workers");
     let ledger = |config: &Config| {
         let ledger = &config.ledger;
-        (ledger.path.clone(), ledger.sync, ledger.keep)
+        let export = serde_json::to_string(&ledger.export).unwrap_or_default();
+        (
+            ledger.path.clone(),
+            ledger.sync,
+            ledger.keep,
+            ledger.retention,
+            export,
+        )
     };
     note(ledger(before) != ledger(after), "ledger");
     note(
         before.limit_state.levels != after.limit_state.levels,
         "limit_state.levels",
     );
+    note(before.store != after.store, "store");
     note(before.log.format != after.log.format, "log.format");
     // Exempt networks, bounds and the mode's other words follow a reload.
     let kernel = |config: &Config| {

@@ -15,6 +15,7 @@ use std::{
 use anyhow::Context;
 use serde_json::{Value, json};
 
+use super::cluster::Cluster;
 use crate::{
     bounds::ALERTS_WAITING_MAX,
     config::{Config, schema, units::Dollars},
@@ -40,10 +41,13 @@ const TRY_TIME: Duration = Duration::from_secs(5);
 ///
 /// # Errors
 /// The file system's.
-pub fn open(config: &Config) -> anyhow::Result<Quota> {
+pub fn open(config: &Config, cluster: Option<&Cluster>) -> anyhow::Result<Quota> {
     let path = config.ledger.path.join(STATE_FILE);
     let at = || format!("cannot keep the state of limits in {}", path.display());
-    let levels = open_levels(&path, config.limit_state.levels).with_context(at)?;
+    let mut levels = open_levels(&path, config.limit_state.levels).with_context(at)?;
+    if let Some(cluster) = cluster {
+        levels.share(cluster.directory().clone());
+    }
     Ok(Quota {
         levels,
         ..Quota::default()

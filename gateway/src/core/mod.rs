@@ -174,13 +174,23 @@ impl Core {
     /// Whether a record can be written now. Work is not begun that could not be recorded.
     pub fn books_are_open(&self) -> bool {
         self.journal.borrow().room() > self.accounts_open.get()
+            || self.shared.snapshot.load().serves_unrecorded
     }
 
-    /// Writes a record. Admission has kept room for it; a failure would be lost and is counted.
+    /// Writes a record. Where requests are refused that could not be recorded, admission has kept room for it; a record
+    /// that does not fit is lost, and counted.
     pub fn append(&self, record: &Record) {
         if self.journal.borrow_mut().append(record).is_err() {
-            self.telemetry.counters().ledger_full.inc();
+            self.telemetry.counters().ledger_unrecorded.inc();
+            if self.may_log() {
+                tracing::error!(request = %record.id, "the journal is full: a request is not in the books");
+            }
         }
+    }
+
+    /// Leaves a journal segment whose file failed, where the ledger's thread asks for it.
+    pub fn turn_journal(&self) {
+        self.journal.borrow_mut().turn();
     }
 
     /// Notes that a client was refused; a client's fault counts against its address.

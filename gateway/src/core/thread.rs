@@ -162,6 +162,7 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         let now_ns = clock::monotonic_ns();
         core.telemetry.beat(now_ns / 1_000_000);
         core.telemetry.publish_if_asked();
+        core.turn_journal();
         if ticks.is_multiple_of(TICKS_PER_SWEEP) {
             core.pool.borrow_mut().sweep(now_ns);
         }
@@ -171,7 +172,8 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         }
         core.drain.raise(level);
         core.revocations.raise(core.shared.keys.revocations());
-        if level >= DRAIN && core.connections.get() == 0 {
+        // Answers may be read on whose client has hung up.
+        if level >= DRAIN && core.connections.get() == 0 && core.accounts_open.get() == 0 {
             return;
         }
         let since_stop = if level >= STOP {

@@ -2,11 +2,14 @@
 //! ask for. Sees every byte once, parses only the event that tells the usage, and keeps nothing but the part of
 //! an event that a read has cut.
 
-use std::{ops::Range, sync::LazyLock};
+use std::{
+    ops::Range,
+    sync::{Arc, LazyLock},
+};
 
 use memchr::memmem::{self, Finder};
 
-use super::{Api, Usage, usage};
+use super::{Api, Finish, Usage, estimate::Calibration, usage};
 use crate::{bounds::EVENT_BYTES_MAX, http::sse};
 
 /// How much of an event that is too long to be kept is looked at: its end, where the usage stands.
@@ -15,8 +18,10 @@ const TAIL_BYTES: usize = 64 * 1024;
 /// A carry buffer that grew over this is given back when its event is done.
 const CARRY_KEPT_BYTES: usize = 16 * 1024;
 
-/// Bytes of text that make a token, by rule of thumb (platform.openai.com/tokenizer).
-const TEXT_BYTES_PER_TOKEN: u64 = 4;
+/// Events whose text is counted one by one; of later ones every [`SAMPLED`]th stands for its neighbours. The count is
+/// needed only where no usage is told.
+const COUNTED: u64 = 64;
+const SAMPLED: u64 = 8;
 
 /// What is known of one stream.
 pub struct Meter {
@@ -46,6 +51,8 @@ struct Bound {
     /// Count events with text only, of which each is a token at least: where the upstream itself keeps to the client's
     /// limit, an estimate that is too high must not end the answer.
     surely: bool,
+    /// What makes tokens of text.
+    calibration: Arc<Calibration>,
     /// The stream has come to its end; what follows is not passed on.
     exhausted: bool,
     /// The first event's data, for an end in the stream's own name.
@@ -65,22 +72,51 @@ pub struct Seen {
     pub usage: Option<Usage>,
     /// Events of the answer itself: chunks, deltas. Comments, ends and errors are none.
     pub events: u64,
-    /// Those of them that carry text: one token each with most servers, more with some.
-    pub texts: u64,
-    /// Bytes of that text, as JSON has it.
-    pub text_bytes: u64,
+    /// Bytes of those events.
+    pub event_bytes: u64,
+    /// Why the answer ended.
+    pub finish: Finish,
     /// The stream's proper last event came.
     pub done: bool,
     /// An error came as an event.
     pub failed: bool,
+    /// What was looked at for its text.
+    sample: Sample,
+}
+
+/// The text of some of a stream's events.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Sample {
+    events: u64,
+    event_bytes: u64,
+    /// Events that carry text: one token each with most servers, more with some.
+    texts: u64,
+    /// Bytes of that text, as JSON has it.
+    text_bytes: u64,
 }
 
 impl Seen {
+    /// Events that carry text: exact for the first [`COUNTED`], then by a sample.
+    pub fn texts(&self) -> u64 {
+        scaled(self.sample.texts, self.events, self.sample.events)
+    }
+
+    /// Bytes of generated text, as JSON has it; by the same sample.
+    pub fn text_bytes(&self) -> u64 {
+        scaled(self.sample.text_bytes, self.event_bytes, self.sample.event_bytes)
+    }
+
     /// Output tokens delivered, for a stream that never told its usage: one for each event with text, or what the
     /// text makes by its length, whichever is more.
-    pub fn tokens_estimated(&self) -> u64 {
-        self.texts.max(self.text_bytes / TEXT_BYTES_PER_TOKEN)
+    pub fn tokens_estimated(&self, calibration: &Calibration) -> u64 {
+        self.texts().max(calibration.output_tokens(self.text_bytes()))
     }
+}
+
+/// What a part of a sample stands for in the whole.
+fn scaled(part: u64, whole: u64, sample: u64) -> u64 {
+    let scaled = u128::from(part) * u128::from(whole) / u128::from(sample.max(1));
+    u64::try_from(scaled).unwrap_or(u64::MAX)
 }
 
 impl Meter {
@@ -100,11 +136,13 @@ impl Meter {
         }
     }
 
-    /// Bounds the stream to so many output tokens; `surely`: count no estimates.
-    pub fn bound(&mut self, allowed: u64, surely: bool) {
+    /// Bounds the stream to so many output tokens; `surely`: count no estimates. Then every event is counted, not a
+    /// sample.
+    pub fn bound(&mut self, allowed: u64, surely: bool, calibration: Arc<Calibration>) {
         self.bound = Some(Box::new(Bound {
             allowed,
             surely,
+            calibration,
             exhausted: false,
             opening: Vec::new(),
         }));
@@ -126,9 +164,9 @@ impl Meter {
             return false;
         };
         let delivered = if bound.surely {
-            self.seen.texts
+            self.seen.texts()
         } else {
-            self.seen.tokens_estimated()
+            self.seen.tokens_estimated(&bound.calibration)
         };
         if delivered > bound.allowed {
             match extend(delivered) {
@@ -359,6 +397,15 @@ impl Meter {
             self.seen.failed = true;
         } else {
             self.count(event);
+            self.note_finish(event);
+        }
+    }
+
+    /// Keeps the reason that a chunk tells; all but one tell null.
+    fn note_finish(&mut self, event: &[u8]) {
+        let finish = finish_of(event);
+        if finish != Finish::Unknown {
+            self.seen.finish = finish;
         }
     }
 
@@ -371,8 +418,12 @@ impl Meter {
             .next()
             .unwrap_or_default();
         match name {
-            b"response.completed" | b"response.incomplete" => self.seen.done = true,
-            b"response.failed" | b"error" => (self.seen.done, self.seen.failed) = (true, true),
+            b"response.completed" => (self.seen.done, self.seen.finish) = (true, Finish::Stop),
+            b"response.incomplete" => (self.seen.done, self.seen.finish) = (true, Finish::Length),
+            b"response.failed" | b"error" => {
+                (self.seen.done, self.seen.failed) = (true, true);
+                self.seen.finish = Finish::Error;
+            }
             _ if name.ends_with(b".delta") => self.count(event),
             _ => {}
         }
@@ -380,17 +431,40 @@ impl Meter {
 
     /// Counts an event of the answer, and the text in it.
     fn count(&mut self, event: &[u8]) {
-        self.seen.events += 1;
+        let seen = &mut self.seen;
+        seen.events += 1;
+        seen.event_bytes += event.len() as u64;
+        if self.bound.is_none() && seen.events > COUNTED && !seen.events.is_multiple_of(SAMPLED) {
+            return;
+        }
         let bytes = text_bytes(self.api, event);
-        self.seen.texts += u64::from(bytes > 0);
-        self.seen.text_bytes += bytes as u64;
+        seen.sample.events += 1;
+        seen.sample.event_bytes += event.len() as u64;
+        seen.sample.texts += u64::from(bytes > 0);
+        seen.sample.text_bytes += bytes as u64;
+    }
+}
+
+/// Why an answer of chat or completions ended: the last word behind `finish_reason`, which is null until then.
+pub fn finish_of(json: &[u8]) -> Finish {
+    let Some(at) = FINISH.find_iter(json).last() else {
+        return Finish::Unknown;
+    };
+    let rest = &json[at + FINISH.needle().len()..];
+    let value = rest.trim_ascii_start().strip_prefix(b":").unwrap_or_default();
+    let Some(word) = value.trim_ascii_start().strip_prefix(b"\"") else {
+        return Finish::Unknown;
+    };
+    match memchr::memchr(b'"', word) {
+        Some(end) => Finish::of(&word[..end]),
+        None => Finish::Unknown,
     }
 }
 
 /// Bytes of generated text in an event: what stands as a string behind the keys that carry it. `content` finds
 /// `reasoning_content` too. Looked for as bytes, since in JSON the quote of a key is never escaped and that of
 /// text within a string always is.
-fn text_bytes(api: Api, event: &[u8]) -> usize {
+pub fn text_bytes(api: Api, event: &[u8]) -> usize {
     let keys: &[&Finder<'static>] = match api {
         Api::ChatCompletions => &[&CONTENT, &ARGUMENTS],
         Api::Completions => &[&TEXT],
@@ -405,6 +479,7 @@ fn text_bytes(api: Api, event: &[u8]) -> usize {
         .sum()
 }
 
+static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"finish_reason\""));
 static CONTENT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"content\""));
 static ARGUMENTS: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"arguments\""));
 static TEXT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"text\""));
@@ -534,8 +609,8 @@ mod tests {
         for hide in [false, true] {
             for size in 1..=bytes.len() {
                 let mut meter = Meter::new(Api::ChatCompletions, hide);
-                // "hello" is one token: 2 at first, 3 more when asked, then no more. The sixth goes too far.
-                meter.bound(2, false);
+                // Each event is a token: 2 at first, 3 more when asked, then no more. The sixth goes too far.
+                meter.bound(2, true, Arc::default());
                 let (mut asked, mut out) = (Vec::new(), Vec::new());
                 for piece in bytes.as_bytes().chunks(size) {
                     let mut piece = piece.to_vec();
@@ -572,7 +647,38 @@ mod tests {
         assert_eq!(bytes(Api::Responses, r#"data: {"type":"x.delta","delta":"ab"#), 2);
         let mut meter = Meter::new(Api::ChatCompletions, true);
         relay(&mut meter, &[stream().as_bytes()]);
-        assert_eq!(meter.seen.tokens_estimated(), 2);
+        assert_eq!(meter.seen.tokens_estimated(&Calibration::default()), 2);
+    }
+
+    #[test]
+    fn a_long_stream_is_counted_by_a_sample() {
+        let mut meter = Meter::new(Api::ChatCompletions, true);
+        let one = r#"data: {"choices":[{"delta":{"content":"twelve bytes"}}]}"#;
+        for _ in 0..1000 {
+            relay(&mut meter, &[format!("{one}\n\n").as_bytes()]);
+        }
+        assert_eq!(meter.seen.events, 1000);
+        assert_eq!((meter.seen.texts(), meter.seen.text_bytes()), (1000, 12_000));
+        assert_eq!(meter.seen.tokens_estimated(&Calibration::default()), 3000);
+    }
+
+    #[test]
+    fn the_reason_of_the_end_is_noted() {
+        let end = r#"data: {"choices":[{"delta":{},"finish_reason": "tool_calls"}],"usage":null}"#;
+        for hide in [false, true] {
+            let mut meter = Meter::new(Api::ChatCompletions, hide);
+            relay(&mut meter, &[format!("{CHUNK}{end}\n\n{USAGE}{DONE}").as_bytes()]);
+            assert_eq!(meter.seen.finish, Finish::ToolCalls);
+        }
+        for (json, finish) in [
+            (r#"{"choices":[{"finish_reason":"stop"}]}"#, Finish::Stop),
+            (r#"{"choices":[{"finish_reason":null}]}"#, Finish::Unknown),
+            (r#"{"a":"\"finish_reason\":\"stop\""}"#, Finish::Unknown),
+            (r#"{"finish_reason":"eos"}"#, Finish::Other),
+            (r#"{"finish_reason":"st"#, Finish::Unknown),
+        ] {
+            assert_eq!(finish_of(json.as_bytes()), finish, "{json}");
+        }
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What each provider's API says: parse, build, per-event streams, usage fields.
 
+pub mod estimate;
 pub mod json;
 pub mod meter;
 pub mod request;
@@ -59,6 +60,64 @@ impl Api {
             2 => Api::Completions,
             3 => Api::Embeddings,
             4 => Api::Responses,
+            _ => return None,
+        })
+    }
+}
+
+/// Why the model stopped, in OpenAI's words; `u8` on disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Finish {
+    /// It was not told.
+    #[default]
+    Unknown = 0,
+    Stop = 1,
+    Length = 2,
+    ToolCalls = 3,
+    ContentFilter = 4,
+    /// The answer failed.
+    Error = 5,
+    /// In a word that is none of these.
+    Other = 6,
+}
+
+impl Finish {
+    /// The reason behind a provider's word.
+    pub fn of(word: &[u8]) -> Finish {
+        match word {
+            b"stop" => Finish::Stop,
+            b"length" => Finish::Length,
+            b"tool_calls" | b"function_call" => Finish::ToolCalls,
+            b"content_filter" => Finish::ContentFilter,
+            b"error" => Finish::Error,
+            _ => Finish::Other,
+        }
+    }
+
+    /// The word in the ledger's output; empty where it was not told.
+    pub fn name(self) -> &'static str {
+        match self {
+            Finish::Unknown => "",
+            Finish::Stop => "stop",
+            Finish::Length => "length",
+            Finish::ToolCalls => "tool_calls",
+            Finish::ContentFilter => "content_filter",
+            Finish::Error => "error",
+            Finish::Other => "other",
+        }
+    }
+
+    /// The inverse of `self as u8`.
+    pub fn from_u8(value: u8) -> Option<Finish> {
+        Some(match value {
+            0 => Finish::Unknown,
+            1 => Finish::Stop,
+            2 => Finish::Length,
+            3 => Finish::ToolCalls,
+            4 => Finish::ContentFilter,
+            5 => Finish::Error,
+            6 => Finish::Other,
             _ => return None,
         })
     }

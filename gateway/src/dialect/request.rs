@@ -6,7 +6,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::{Api, json};
+use super::{Api, Tier, json};
 use crate::error::{Error, Kind};
 
 /// What `stream_options` must become so that the upstream tells the usage of a stream.
@@ -29,8 +29,10 @@ pub struct Call<'b> {
     pub output_max: Option<u64>,
     /// How many answers are to be generated, each of which may be as long as the limit permits; at least 1.
     pub choices: u64,
-    /// The end user that the body names, as far as it is a text.
+    /// The end user, as the client names them.
     pub user: Option<Cow<'b, str>>,
+    /// The service tier that is asked for.
+    pub tier: Tier,
     model_value: Range<usize>,
     edit: Option<Edit>,
 }
@@ -50,7 +52,8 @@ struct Found<'b> {
     stream_options: Option<json::Member<'b>>,
     output_max: Option<u64>,
     choices: Option<u64>,
-    user: Option<Cow<'b, str>>,
+    user: Option<json::Member<'b>>,
+    tier: Option<json::Member<'b>>,
 }
 
 impl<'b> Call<'b> {
@@ -79,7 +82,12 @@ impl<'b> Call<'b> {
             hide_usage: false,
             output_max: found.output_max.map(|max| max.saturating_mul(choices)),
             choices,
-            user: found.user,
+            user: found.user.as_ref().and_then(json::Member::as_str),
+            tier: found
+                .tier
+                .as_ref()
+                .and_then(json::Member::as_str)
+                .map_or(Tier::Default, |word| Tier::of(&word)),
             model_value,
             edit: None,
         };
@@ -183,10 +191,11 @@ impl<'b> Found<'b> {
                     });
                     seen_output = true;
                 }
-                // The first counts; what an upstream makes of a second is nothing to limits.
-                "user" if found.user.is_none() => found.user = member.as_str(),
                 // `best_of` of Completions: all of them are generated, and counted.
                 "n" | "best_of" => found.choices = found.choices.max(member.as_u64()),
+                // Not refused when they stand twice: nothing hangs on them but what the books say.
+                "user" => found.user = Some(member),
+                "service_tier" => found.tier = Some(member),
                 other => refuse_variant(other, &CONCERNING)?,
             }
         }

@@ -15,6 +15,7 @@ use rustls::ClientConfig;
 
 use crate::{
     config::{self, schema, units::Secret},
+    dialect::estimate::Calibration,
     ledger::prices::Tariff,
     net::tls,
 };
@@ -37,6 +38,8 @@ pub struct Endpoint {
     pub id: u64,
     /// Where it is, taken apart.
     pub url: config::Endpoint,
+    /// Its base URL, as the ledger names it.
+    pub name: Arc<str>,
     /// `Host` of requests to it.
     pub authority: String,
     /// Trust for `https`.
@@ -59,6 +62,8 @@ pub struct Target {
     pub priority: u32,
     /// What its tokens cost, over time.
     pub tariff: Tariff,
+    /// How many bytes make a token of its model.
+    pub calibration: Arc<Calibration>,
 }
 
 /// All endpoints of the process' life that are in use, so that a reload finds those that stay and keeps their
@@ -123,6 +128,7 @@ impl Endpoints {
         let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let endpoint = Endpoint {
             id,
+            name: text.trim_end_matches('/').into(),
             url,
             authority,
             tls,

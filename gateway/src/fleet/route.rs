@@ -72,6 +72,7 @@ mod tests {
             weight,
             priority,
             tariff: Default::default(),
+            calibration: Default::default(),
         };
         weights.iter().map(target).collect()
     }

@@ -42,18 +42,34 @@ impl Archive {
         self.by_core.values().map(VecDeque::len).sum()
     }
 
-    /// Removes the oldest until at most `keep` bytes are left. Within a core the order is that of
-    /// sequence numbers whatever the clock did, as [`Store::remove`] wants it.
-    pub fn trim(&mut self, keep: u64, store: &mut Store) -> anyhow::Result<()> {
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Kept> {
+        self.by_core.values().flatten()
+    }
+
+    /// Removes the oldest until at most `keep` bytes are left, or `may_go`, which is told the oldest's name and the size of
+    /// all, says no; returns the names of the removed. Within a core the order is that of sequence numbers whatever the
+    /// clock did, as [`Store::remove`] wants it.
+    pub fn trim(
+        &mut self,
+        keep: u64,
+        store: &mut Store,
+        may_go: impl Fn(Name, u64) -> bool,
+    ) -> anyhow::Result<Vec<Name>> {
+        let mut removed = Vec::new();
         while self.bytes > keep {
             let fronts = self
                 .by_core
                 .iter()
                 .filter_map(|(core, kept)| Some((*core, kept.front()?)));
             let Some((core, oldest)) = fronts.min_by_key(|(_, kept)| kept.created_unix_ms) else {
-                return Ok(());
+                break;
             };
+            if !may_go(oldest.name, self.bytes) {
+                break;
+            }
             store.remove(oldest.name)?;
+            removed.push(oldest.name);
             match fs::remove_file(&oldest.path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
                 _ => {}
@@ -63,6 +79,6 @@ impl Archive {
                 kept.pop_front();
             }
         }
-        Ok(())
+        Ok(removed)
     }
 }

@@ -34,6 +34,8 @@ pub(super) struct Shared {
     pub appended: CachePadded<AtomicU64>,
     /// Appends that ended in [`Full`]. Written by the core alone.
     pub refused: AtomicU64,
+    /// Id of a segment that the core is to leave, because its file failed; 0 for none. Written by the ledger's thread.
+    pub leave: AtomicU64,
 }
 
 /// One core's journal. An append is a copy into mapped memory: no system call, no lock, no
@@ -78,6 +80,15 @@ impl Journal {
         }
         add(&self.shared.appended);
         Ok(())
+    }
+
+    /// Goes on to the next segment where the ledger's thread asks for it and one waits. To be called now and then.
+    pub fn turn(&mut self) {
+        if self.shared.leave.load(Ordering::Acquire) == self.active.id
+            && let Some(blank) = self.shared.blanks.pop()
+        {
+            self.active = blank;
+        }
     }
 
     /// Whether the next [`Journal::append`] will succeed whatever the record. Admission asks this, so

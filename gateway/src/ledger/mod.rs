@@ -8,11 +8,14 @@
 //! ```text
 //! lock                       held by the running gateway, which wrote its process id into it
 //! usage.db                   sums by day and group, and how far each segment is in them
+//! export.json                how far records are delivered to the server of `ledger.export`
 //! journal/0-0000000001.seg   records of core 0; kept, when folded, up to `ledger.keep` bytes
 //! ```
 
 mod archive;
+mod export;
 mod journal;
+pub mod line;
 pub mod prices;
 pub mod read;
 pub mod record;
@@ -23,24 +26,27 @@ pub mod totals;
 mod worker;
 
 use std::{
+    collections::BTreeMap,
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering, mpsc},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering, mpsc},
     thread::JoinHandle,
     time::Duration,
 };
 
 use anyhow::{Context, bail};
 
+use self::{
+    export::Exporter,
+    segment::Name,
+    totals::Totals,
+    worker::{Command, Worker},
+};
 pub use self::{
     journal::{Full, Journal},
     totals::Counters,
-};
-use self::{
-    totals::Totals,
-    worker::{Command, Worker},
 };
 use crate::config::schema;
 
@@ -59,6 +65,8 @@ pub struct Ledger {
     commands: mpsc::Sender<Command>,
     public: Arc<Public>,
     thread: Option<JoinHandle<()>>,
+    /// Ends its thread when it is dropped.
+    _exporter: Option<Exporter>,
 }
 
 /// The state of the ledger.
@@ -82,6 +90,18 @@ pub struct LedgerStatus {
     pub torn: u64,
     /// Failed operations on files and the database since start. All but those on start are tried again.
     pub io_errors: u64,
+    /// Segments whose file could not be synced and was written anew since start.
+    pub rewritten: u64,
+    /// Records delivered to the export's server since start; the same one may have come twice.
+    pub exported: u64,
+    /// Attempts to deliver that failed since start.
+    pub export_failures: u64,
+    /// Segments removed since start before they were delivered.
+    pub export_lost_segments: u64,
+    /// Journal bytes that are in the sums and not delivered yet.
+    pub export_behind_bytes: u64,
+    /// Why the export is behind: its last attempt failed.
+    pub export_trouble: Option<String>,
     /// What fails now: the last attempt at it did, and it is tried again.
     pub trouble: Option<String>,
     /// The latest failure since start, perhaps long over.
@@ -94,6 +114,32 @@ struct Public {
     journals: Vec<Arc<journal::Shared>>,
     status: Mutex<LedgerStatus>,
     totals: Mutex<Totals>,
+    /// For the export: segments, and how far each is folded, bytes.
+    readable: Mutex<BTreeMap<Name, usize>>,
+    /// For the export: how far each core is delivered.
+    exported: Mutex<BTreeMap<u32, export::Reached>>,
+}
+
+impl Public {
+    fn lock_status(&self) -> MutexGuard<'_, LedgerStatus> {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn readable(&self) -> MutexGuard<'_, BTreeMap<Name, usize>> {
+        self.readable.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn exported(&self) -> MutexGuard<'_, BTreeMap<u32, export::Reached>> {
+        self.exported.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether all records of a segment to which nothing is added any more are delivered.
+    fn is_exported(&self, name: Name) -> bool {
+        let folded = self.readable().get(&name).copied().unwrap_or(0);
+        let exported = self.exported();
+        let reached = exported.get(&name.core);
+        reached.is_some_and(|reached| (reached.seq, reached.at) >= (name.seq, folded))
+    }
 }
 
 impl Ledger {
@@ -111,6 +157,10 @@ impl Ledger {
         let (mut worker, journals) = Worker::open(config, journal, lock, cores)
             .with_context(|| format!("cannot open the ledger in {}", state.display()))?;
         let public = worker.public();
+        let exporter = match &config.export {
+            Some(export) => Some(Exporter::start(&export.clickhouse, state, public.clone())?),
+            None => None,
+        };
         let (commands, inbox) = mpsc::channel();
         let thread = std::thread::Builder::new()
             .name("ledger".into())
@@ -120,6 +170,7 @@ impl Ledger {
             commands,
             public,
             thread: Some(thread),
+            _exporter: exporter,
         };
         Ok((ledger, journals))
     }

@@ -25,7 +25,7 @@ const PER_TOKENS: u128 = 1_000_000;
 pub const SIZE_OVER_TOKENS: u64 = 200_000;
 
 /// Prices of each kind of token, nano-dollars per million.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Rates {
     /// Input that is neither read from the provider's cache nor written to it.
     pub input: u64,
@@ -87,7 +87,7 @@ impl Rates {
 }
 
 /// The price of a model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Price {
     pub base: Rates,
     /// For requests whose input has more tokens than the number.

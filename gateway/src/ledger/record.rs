@@ -1,34 +1,46 @@
 //! One accepted request, as the ledger keeps it.
 //!
-//! On disk (little-endian; the first 8 bytes are the frame's word, see [`super::segment`]):
+//! On disk, version 2 (little-endian; the first 8 bytes are the frame's word, see [`super::segment`]):
 //!
-//! | at  | bytes | field                                                             |
-//! |-----|-------|-------------------------------------------------------------------|
-//! | 8   | 16    | request id                                                        |
-//! | 24  | 8     | time, Unix milliseconds                                           |
-//! | 32  | 32    | tokens: prompt, cached, completion, reasoning                     |
-//! | 64  | 16    | time to first token, duration, microseconds                       |
-//! | 80  | 16    | bytes in, bytes out                                               |
-//! | 96  | 4     | status, flags                                                     |
-//! | 100 | 2     | api, outcome                                                      |
-//! | 102 | 5     | lengths of the names: key, team, model, provider, upstream model  |
-//! | 107 | 1     | zero                                                              |
-//! | 108 |       | the names, one after the other                                    |
+//! | at  | bytes | field                                                                         |
+//! |-----|-------|-------------------------------------------------------------------------------|
+//! | 8   | 16    | request id                                                                    |
+//! | 24  | 8     | time, Unix milliseconds                                                       |
+//! | 32  | 48    | tokens: prompt, cached, cache writes 5m and 1h, completion, reasoning         |
+//! | 80  | 8     | cost, nano-dollars; all bits set: unknown                                     |
+//! | 88  | 16    | time to first token, duration, microseconds                                   |
+//! | 104 | 16    | bytes in, bytes out                                                           |
+//! | 120 | 6     | flags (4), status (2)                                                         |
+//! | 126 | 6     | api, outcome, tier, finish reason, attempts, fallback                         |
+//! | 132 | 9     | lengths of the names: key, team, user, organization, model, provider, upstream model, endpoint, tags |
+//! | 141 | 3     | zero                                                                          |
+//! | 144 |       | the names, one after the other                                                |
+//!
+//! Version 1, which is still read, is in [`v1`].
+
+mod v1;
 
 use std::{fmt, str::FromStr, sync::Arc};
 
 use crate::{
-    bounds::{NAME_BYTES_MAX, RECORD_BYTES_MAX},
-    dialect::{Api, Usage},
+    bounds::{NAME_BYTES_MAX, RECORD_BYTES_MAX, TAGS_BYTES_MAX},
+    dialect::{Api, Finish, Tier, Usage},
     net::mapped::WORD_BYTES,
 };
 
-/// Where the names start in a frame, bytes.
-const NAMES_AT: usize = 108;
-/// Names of a record.
-const NAMES: usize = 5;
+/// Version of the frames that are written.
+pub(super) const VERSION: u8 = 2;
 
-const _: () = assert!(NAMES_AT + NAMES * NAME_BYTES_MAX <= RECORD_BYTES_MAX);
+/// Where the names start in a frame, bytes.
+const NAMES_AT: usize = 144;
+/// Names of a record; the last are the tags.
+const NAMES: usize = 9;
+
+/// An unknown cost on disk.
+const COST_UNKNOWN: u64 = u64::MAX;
+
+const _: () = assert!(NAMES_AT + (NAMES - 1) * NAME_BYTES_MAX + TAGS_BYTES_MAX <= RECORD_BYTES_MAX);
+const _: () = assert!(TAGS_BYTES_MAX <= u8::MAX as usize);
 const _: () = assert!(NAME_BYTES_MAX <= u8::MAX as usize);
 
 /// Identifies a request across log, ledger, answer (`x-request-id`) and upstream: 128 bits, of
@@ -133,7 +145,7 @@ impl Outcome {
 
 /// Facts about a record that are true or not; bits on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Flags(pub u16);
+pub struct Flags(pub u32);
 
 impl Flags {
     /// The token counts are the gateway's estimate, not the provider's figures.
@@ -162,6 +174,24 @@ impl Flags {
         self.0 & other.0 == other.0
     }
 
+    /// Names of the flags that are set, in their order.
+    pub fn names(self) -> impl Iterator<Item = &'static str> {
+        const NAMES: [&str; 10] = [
+            "estimated",
+            "stream",
+            "retried",
+            "fallback",
+            "cut",
+            "upstream_error",
+            "cache_hit",
+            "unpriced",
+            "drained",
+            "clamped",
+        ];
+        let is_set = move |bit: &usize| self.0 & 1 << bit != 0;
+        (0..NAMES.len()).filter(is_set).map(|bit| NAMES[bit])
+    }
+
     /// Sets the bits of `other`.
     pub fn set(&mut self, other: Flags) {
         self.0 |= other.0;
@@ -178,18 +208,33 @@ pub struct Record {
     pub key: Arc<str>,
     /// Team of the key; empty for none.
     pub team: Arc<str>,
+    /// End user, as the client names them; empty for none.
+    pub user: Arc<str>,
+    /// Organization of the key; empty for none.
+    pub organization: Arc<str>,
     /// Virtual model that the client asked for.
     pub model: Arc<str>,
     /// Provider that answered; empty when none was reached.
     pub provider: Arc<str>,
     /// The upstream's own name of the model; empty when none was reached.
     pub upstream_model: Arc<str>,
+    /// Base URL of the endpoint that answered; empty when none was reached.
+    pub endpoint: Arc<str>,
+    /// The client's tags, `a=b,c=d`; empty for none. At most [`TAGS_BYTES_MAX`] bytes.
+    pub tags: Arc<str>,
     pub api: Api,
     pub outcome: Outcome,
+    pub finish: Finish,
     pub flags: Flags,
     /// Status that the client was sent; 0 when it was sent none.
     pub status: u16,
+    /// Requests made to upstreams.
+    pub attempts: u8,
+    /// Place of the target that answered among those of the model in the order tried; 0 is the first.
+    pub fallback: u8,
     pub usage: Usage,
+    /// What it cost, nano-dollars; `None` where nobody knows the price.
+    pub cost: Option<u64>,
     /// From complete head to the first byte of the answer's body, microseconds; 0 for none.
     pub ttft_us: u64,
     /// From complete head to the end, microseconds.
@@ -197,6 +242,39 @@ pub struct Record {
     /// Bytes of the request's and of the answer's body.
     pub bytes_in: u64,
     pub bytes_out: u64,
+}
+
+impl Default for Record {
+    /// A record of nothing, to be filled in.
+    fn default() -> Record {
+        let empty: Arc<str> = Arc::from("");
+        Record {
+            time_unix_ms: 0,
+            id: RequestId([0; 16]),
+            key: empty.clone(),
+            team: empty.clone(),
+            user: empty.clone(),
+            organization: empty.clone(),
+            model: empty.clone(),
+            provider: empty.clone(),
+            upstream_model: empty.clone(),
+            endpoint: empty.clone(),
+            tags: empty,
+            api: Api::ChatCompletions,
+            outcome: Outcome::Complete,
+            finish: Finish::Unknown,
+            flags: Flags::default(),
+            status: 0,
+            attempts: 0,
+            fallback: 0,
+            usage: Usage::default(),
+            cost: None,
+            ttft_us: 0,
+            duration_us: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+        }
+    }
 }
 
 impl Record {
@@ -208,33 +286,56 @@ impl Record {
             self.time_unix_ms,
             self.usage.prompt,
             self.usage.cached,
+            self.usage.cache_write_5m,
+            self.usage.cache_write_1h,
             self.usage.completion,
             self.usage.reasoning,
+            self.cost.map_or(COST_UNKNOWN, |cost| cost.min(COST_UNKNOWN - 1)),
             self.ttft_us,
             self.duration_us,
             self.bytes_in,
             self.bytes_out,
         ];
         frame[WORD_BYTES..24].copy_from_slice(&self.id.0);
-        for (field, word) in frame[24..96].chunks_exact_mut(8).zip(words) {
+        for (field, word) in frame[24..120].chunks_exact_mut(8).zip(words) {
             field.copy_from_slice(&word.to_le_bytes());
         }
-        frame[96..98].copy_from_slice(&self.status.to_le_bytes());
-        frame[98..100].copy_from_slice(&self.flags.0.to_le_bytes());
-        frame[100] = self.api as u8;
-        frame[101] = self.outcome as u8;
-        frame[107] = 0;
-        let names = [
+        let mut flags = self.flags;
+        if self.usage.clamped {
+            flags.set(Flags::CLAMPED);
+        }
+        frame[120..124].copy_from_slice(&flags.0.to_le_bytes());
+        frame[124..126].copy_from_slice(&self.status.to_le_bytes());
+        let small = [
+            self.api as u8,
+            self.outcome as u8,
+            self.usage.tier as u8,
+            self.finish as u8,
+            self.attempts,
+            self.fallback,
+        ];
+        frame[126..132].copy_from_slice(&small);
+        frame[141..NAMES_AT].fill(0);
+        let names: [&str; NAMES] = [
             &self.key,
             &self.team,
+            &self.user,
+            &self.organization,
             &self.model,
             &self.provider,
             &self.upstream_model,
+            &self.endpoint,
+            &self.tags,
         ];
         let mut at = NAMES_AT;
         for (index, name) in names.into_iter().enumerate() {
-            let bytes = name.floor_char_boundary(NAME_BYTES_MAX);
-            frame[102 + index] = bytes as u8;
+            let most = if index + 1 == NAMES {
+                TAGS_BYTES_MAX
+            } else {
+                NAME_BYTES_MAX
+            };
+            let bytes = name.floor_char_boundary(most);
+            frame[132 + index] = bytes as u8;
             frame[at..at + bytes].copy_from_slice(&name.as_bytes()[..bytes]);
             at += bytes;
         }
@@ -248,14 +349,22 @@ impl Record {
             id: self.id,
             key: &self.key,
             team: &self.team,
+            user: &self.user,
+            organization: &self.organization,
             model: &self.model,
             provider: &self.provider,
             upstream_model: &self.upstream_model,
+            endpoint: &self.endpoint,
+            tags: &self.tags,
             api: self.api,
             outcome: self.outcome,
+            finish: self.finish,
             flags: self.flags,
             status: self.status,
+            attempts: self.attempts,
+            fallback: self.fallback,
             usage: self.usage,
+            cost: self.cost,
             ttft_us: self.ttft_us,
             duration_us: self.duration_us,
             bytes_in: self.bytes_in,
@@ -271,14 +380,22 @@ pub struct RecordView<'a> {
     pub id: RequestId,
     pub key: &'a str,
     pub team: &'a str,
+    pub user: &'a str,
+    pub organization: &'a str,
     pub model: &'a str,
     pub provider: &'a str,
     pub upstream_model: &'a str,
+    pub endpoint: &'a str,
+    pub tags: &'a str,
     pub api: Api,
     pub outcome: Outcome,
+    pub finish: Finish,
     pub flags: Flags,
     pub status: u16,
+    pub attempts: u8,
+    pub fallback: u8,
     pub usage: Usage,
+    pub cost: Option<u64>,
     pub ttft_us: u64,
     pub duration_us: u64,
     pub bytes_in: u64,
@@ -286,46 +403,63 @@ pub struct RecordView<'a> {
 }
 
 impl<'a> RecordView<'a> {
-    /// Reads a frame, its word included. `None` for what [`Record::encode`] does not write.
-    pub(super) fn decode(frame: &'a [u8]) -> Option<RecordView<'a>> {
-        let fixed: &[u8; NAMES_AT] = frame.first_chunk()?;
-        let u64_at = |at: usize| {
-            fixed[at..]
-                .first_chunk()
-                .map_or(0, |field| u64::from_le_bytes(*field))
-        };
-        let u16_at = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
-        let mut names = [""; NAMES];
-        let mut rest = &frame[NAMES_AT..];
-        for (name, bytes) in names.iter_mut().zip(&fixed[102..107]) {
-            let (text, behind) = rest.split_at_checked(usize::from(*bytes))?;
-            *name = std::str::from_utf8(text).ok()?;
-            rest = behind;
+    /// Reads a frame of a version, its word included. `None` for what no gateway writes.
+    pub(super) fn decode(frame: &'a [u8], version: u8) -> Option<RecordView<'a>> {
+        match version {
+            VERSION => RecordView::decode_v2(frame),
+            v1::VERSION => v1::decode(frame),
+            _ => None,
         }
-        let [key, team, model, provider, upstream_model] = names;
-        Some(RecordView {
-            time_unix_ms: u64_at(24),
-            id: RequestId(*fixed[WORD_BYTES..].first_chunk()?),
+    }
+
+    fn decode_v2(frame: &'a [u8]) -> Option<RecordView<'a>> {
+        let fixed: &[u8; NAMES_AT] = frame.first_chunk()?;
+        let [
             key,
             team,
+            user,
+            organization,
             model,
             provider,
             upstream_model,
-            api: Api::from_u8(fixed[100])?,
-            outcome: Outcome::from_u8(fixed[101])?,
-            flags: Flags(u16_at(98)),
-            status: u16_at(96),
+            endpoint,
+            tags,
+        ] = names(&frame[NAMES_AT..], &fixed[132..141])?;
+        let flags = Flags(u32::from_le_bytes(*fixed[120..].first_chunk()?));
+        Some(RecordView {
+            time_unix_ms: word(fixed, 24),
+            id: RequestId(*fixed[WORD_BYTES..].first_chunk()?),
+            key,
+            team,
+            user,
+            organization,
+            model,
+            provider,
+            upstream_model,
+            endpoint,
+            tags,
+            api: Api::from_u8(fixed[126])?,
+            outcome: Outcome::from_u8(fixed[127])?,
+            finish: Finish::from_u8(fixed[129])?,
+            flags,
+            status: u16::from_le_bytes([fixed[124], fixed[125]]),
+            attempts: fixed[130],
+            fallback: fixed[131],
             usage: Usage {
-                prompt: u64_at(32),
-                cached: u64_at(40),
-                completion: u64_at(48),
-                reasoning: u64_at(56),
-                ..Usage::default()
+                prompt: word(fixed, 32),
+                cached: word(fixed, 40),
+                cache_write_5m: word(fixed, 48),
+                cache_write_1h: word(fixed, 56),
+                completion: word(fixed, 64),
+                reasoning: word(fixed, 72),
+                tier: Tier::from_u8(fixed[128])?,
+                clamped: flags.has(Flags::CLAMPED),
             },
-            ttft_us: u64_at(64),
-            duration_us: u64_at(72),
-            bytes_in: u64_at(80),
-            bytes_out: u64_at(88),
+            cost: Some(word(fixed, 80)).filter(|cost| *cost != COST_UNKNOWN),
+            ttft_us: word(fixed, 88),
+            duration_us: word(fixed, 96),
+            bytes_in: word(fixed, 104),
+            bytes_out: word(fixed, 112),
         })
     }
 
@@ -336,14 +470,22 @@ impl<'a> RecordView<'a> {
             id: self.id,
             key: self.key.into(),
             team: self.team.into(),
+            user: self.user.into(),
+            organization: self.organization.into(),
             model: self.model.into(),
             provider: self.provider.into(),
             upstream_model: self.upstream_model.into(),
+            endpoint: self.endpoint.into(),
+            tags: self.tags.into(),
             api: self.api,
             outcome: self.outcome,
+            finish: self.finish,
             flags: self.flags,
             status: self.status,
+            attempts: self.attempts,
+            fallback: self.fallback,
             usage: self.usage,
+            cost: self.cost,
             ttft_us: self.ttft_us,
             duration_us: self.duration_us,
             bytes_in: self.bytes_in,
@@ -352,45 +494,81 @@ impl<'a> RecordView<'a> {
     }
 }
 
+/// The little-endian number at a place; 0 where there is none.
+fn word(bytes: &[u8], at: usize) -> u64 {
+    bytes
+        .get(at..)
+        .and_then(<[u8]>::first_chunk)
+        .map_or(0, |field| u64::from_le_bytes(*field))
+}
+
+/// Names that stand one after the other, with these lengths.
+fn names<'a, const N: usize>(bytes: &'a [u8], lengths: &[u8]) -> Option<[&'a str; N]> {
+    let mut names = [""; N];
+    let mut rest = bytes;
+    for (name, bytes) in names.iter_mut().zip(lengths) {
+        let (text, behind) = rest.split_at_checked(usize::from(*bytes))?;
+        *name = std::str::from_utf8(text).ok()?;
+        rest = behind;
+    }
+    Some(names)
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use proptest::prelude::*;
 
+    pub use super::v1::tests::frame as v1_frame;
     use super::*;
 
     /// Any record whose names are within their bound.
     pub fn any_record() -> impl Strategy<Value = Record> {
         let name = || {
-            "[a-z\u{e4}\u{4e2d}/.:-]{0,128}".prop_map(|name| {
+            "[a-z\u{e4}\u{4e2d}/.:-]{0,128}".prop_map(|name| -> Arc<str> {
                 let end = name.floor_char_boundary(NAME_BYTES_MAX);
                 Arc::from(&name[..end])
             })
         };
-        let names = (name(), name(), name(), name(), name());
-        let facts = (1..=4_u8, 0..=4_u8, any::<u16>(), any::<u16>(), any::<[u8; 16]>());
-        (names, facts, any::<[u64; 9]>()).prop_map(|(names, facts, numbers)| Record {
-            time_unix_ms: numbers[0],
-            id: RequestId(facts.4),
-            key: names.0,
-            team: names.1,
-            model: names.2,
-            provider: names.3,
-            upstream_model: names.4,
-            api: Api::from_u8(facts.0).unwrap(),
-            outcome: Outcome::from_u8(facts.1).unwrap(),
-            flags: Flags(facts.2),
-            status: facts.3,
-            usage: Usage {
-                prompt: numbers[1],
-                cached: numbers[2],
-                completion: numbers[3],
-                reasoning: numbers[4],
-                ..Usage::default()
-            },
-            ttft_us: numbers[5],
-            duration_us: numbers[6],
-            bytes_in: numbers[7],
-            bytes_out: numbers[8],
+        let names = prop::collection::vec(name(), 8);
+        let tags = "[a-z=,]{0,255}".prop_map(Arc::from);
+        let facts = (1..=4_u8, 0..=4_u8, any::<u32>(), any::<u16>(), any::<[u8; 16]>());
+        let small = (0..=3_u8, 0..=6_u8, any::<[u8; 2]>());
+        (names, tags, facts, small, any::<[u64; 12]>()).prop_map(|(names, tags, facts, small, numbers)| {
+            Record {
+                time_unix_ms: numbers[0],
+                id: RequestId(facts.4),
+                key: names[0].clone(),
+                team: names[1].clone(),
+                user: names[2].clone(),
+                organization: names[3].clone(),
+                model: names[4].clone(),
+                provider: names[5].clone(),
+                upstream_model: names[6].clone(),
+                endpoint: names[7].clone(),
+                tags,
+                api: Api::from_u8(facts.0).unwrap(),
+                outcome: Outcome::from_u8(facts.1).unwrap(),
+                finish: Finish::from_u8(small.1).unwrap(),
+                flags: Flags(facts.2),
+                status: facts.3,
+                attempts: small.2[0],
+                fallback: small.2[1],
+                usage: Usage {
+                    prompt: numbers[1],
+                    cached: numbers[2],
+                    completion: numbers[3],
+                    reasoning: numbers[4],
+                    cache_write_5m: numbers[9],
+                    cache_write_1h: numbers[10],
+                    tier: Tier::from_u8(small.0).unwrap(),
+                    clamped: Flags(facts.2).has(Flags::CLAMPED),
+                },
+                cost: Some(numbers[11]).filter(|cost| cost % 3 != 0),
+                ttft_us: numbers[5],
+                duration_us: numbers[6],
+                bytes_in: numbers[7],
+                bytes_out: numbers[8],
+            }
         })
     }
 
@@ -403,13 +581,21 @@ pub(super) mod tests {
             id: RequestId::new(1_760_000_000_000, random),
             key: "alice".into(),
             team: "".into(),
+            user: "".into(),
+            organization: "".into(),
             model: "fast".into(),
             provider: "fleet".into(),
             upstream_model: "llama-3.3-70b".into(),
+            endpoint: "http://10.0.0.11:8000".into(),
+            tags: "".into(),
             api: Api::ChatCompletions,
             outcome: Outcome::Complete,
+            finish: Finish::Stop,
             flags: Flags::STREAM,
             status: 200,
+            attempts: 1,
+            fallback: 0,
+            cost: Some(number),
             usage: Usage {
                 prompt: number,
                 cached: 0,
@@ -430,14 +616,16 @@ pub(super) mod tests {
             // What stood in the buffer before does not matter.
             let mut frame = [0xa5; RECORD_BYTES_MAX];
             let bytes = record.encode(&mut frame);
-            let view = RecordView::decode(&frame[..bytes]).unwrap();
+            let view = RecordView::decode(&frame[..bytes], VERSION).unwrap();
             prop_assert_eq!(view, record.view());
             prop_assert_eq!(view.to_record(), record);
         }
 
         #[test]
         fn foreign_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..RECORD_BYTES_MAX)) {
-            let _ = RecordView::decode(&bytes);
+            for version in 0..4 {
+                let _ = RecordView::decode(&bytes, version);
+            }
         }
 
         #[test]
@@ -449,13 +637,35 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn an_unknown_cost_is_none_and_never_zero() {
+        let mut frame = [0; RECORD_BYTES_MAX];
+        for (cost, read) in [
+            (None, None),
+            (Some(0), Some(0)),
+            (Some(u64::MAX), Some(u64::MAX - 1)),
+        ] {
+            let record = Record { cost, ..numbered(1) };
+            let bytes = record.encode(&mut frame);
+            assert_eq!(RecordView::decode(&frame[..bytes], VERSION).unwrap().cost, read);
+        }
+    }
+
+    #[test]
+    fn flags_have_names() {
+        let mut flags = Flags::ESTIMATED;
+        flags.set(Flags::CLAMPED);
+        flags.set(Flags(1 << 30));
+        assert_eq!(flags.names().collect::<Vec<_>>(), ["estimated", "clamped"]);
+    }
+
+    #[test]
     fn names_that_are_too_long_are_cut_between_characters() {
         let mut record = numbered(1);
         record.model = "\u{4e2d}".repeat(100).into();
         let mut frame = [0; RECORD_BYTES_MAX];
         let bytes = record.encode(&mut frame);
         assert_eq!(
-            RecordView::decode(&frame[..bytes]).unwrap().model,
+            RecordView::decode(&frame[..bytes], VERSION).unwrap().model,
             "\u{4e2d}".repeat(42)
         );
     }

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::record::{Record, RecordView};
+use super::record::{self, Record, RecordView};
 use crate::{
     bounds::{RECORD_BYTES_MAX, SEGMENT_BYTES},
     net::mapped::{UNIT_BYTES, WORD_BYTES},
@@ -28,7 +28,6 @@ const HEADER_BYTES: usize = UNIT_BYTES;
 const HEADER_MAGIC: [u8; 8] = *b"gwledger";
 const LAYOUT_VERSION: u32 = 1;
 const FRAME_MAGIC: u16 = 0x4c67;
-const FRAME_VERSION: u8 = 1;
 const EXTENSION: &str = ".seg";
 /// Ending of a segment that is not whole yet.
 pub const TEMPORARY: &str = ".new";
@@ -154,7 +153,7 @@ pub fn encode(record: &Record, frame: &mut [u8; RECORD_BYTES_MAX]) -> usize {
 pub fn seal(frame: &mut [u8], id: u64, offset: usize) {
     let checksum = checksum(id, offset, frame);
     frame[..2].copy_from_slice(&FRAME_MAGIC.to_le_bytes());
-    frame[2] = FRAME_VERSION;
+    frame[2] = record::VERSION;
     frame[3] = (frame.len() / UNIT_BYTES) as u8;
     frame[4..8].copy_from_slice(&checksum.to_le_bytes());
 }
@@ -164,7 +163,6 @@ fn frame_at(segment: &[u8], id: u64, offset: usize) -> Option<&[u8]> {
     let word: &[u8; WORD_BYTES] = segment.get(offset..)?.first_chunk()?;
     let bytes = usize::from(word[3]) * UNIT_BYTES;
     if u16::from_le_bytes([word[0], word[1]]) != FRAME_MAGIC
-        || word[2] != FRAME_VERSION
         || !(UNIT_BYTES..=RECORD_BYTES_MAX).contains(&bytes)
     {
         return None;
@@ -191,7 +189,7 @@ pub fn next<'a>(segment: &'a [u8], id: u64, at: &mut usize) -> Option<Found<'a>>
     let start = *at;
     if let Some(frame) = frame_at(segment, id, start) {
         *at = start + frame.len();
-        return Some(match RecordView::decode(frame) {
+        return Some(match RecordView::decode(frame, frame[2]) {
             Some(record) => Found::Record(record),
             None => Found::Torn { offset: start },
         });
@@ -367,6 +365,24 @@ mod tests {
             read(&bytes, ID),
             (records[..records.len() - 1].to_vec(), vec![last])
         );
+    }
+
+    #[test]
+    fn records_of_version_1_are_read_among_others() {
+        let (mut bytes, _) = segment(&records()[..1]);
+        let mut old = record::tests::v1_frame(77);
+        seal(&mut old, ID, bytes.len());
+        // The version is not part of what the checksum is made of.
+        old[2] = 1;
+        bytes.extend_from_slice(&old);
+        let (found, torn) = read(&bytes, ID);
+        assert!(torn.is_empty());
+        assert_eq!(found.len(), 2);
+        assert_eq!((found[1].usage.prompt, found[1].cost), (77, None));
+        // One of a version to come is skipped, and what is around it is read.
+        let at = bytes.len() - old.len();
+        bytes[at + 2] = 9;
+        assert_eq!(read(&bytes, ID).0.len(), 1);
     }
 
     #[test]

@@ -16,41 +16,20 @@ use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior, params};
 
 use super::{
     segment::Name,
-    totals::{Counters, Group, Sums},
+    totals::{Counters, Group, OTHER, Sums},
 };
-use crate::dialect::Api;
+use crate::{bounds::ROLLUP_ROWS_PER_DAY_MAX, dialect::Api};
 
 /// Name of the database in the state directory.
 pub const FILE: &str = "usage.db";
 
 /// Version of the tables, `PRAGMA user_version`.
-const TABLES_VERSION: i64 = 1;
+const TABLES_VERSION: i64 = 2;
 
 /// How long a lock that another process holds (a backup, an operator's shell) is waited for.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 
 const TABLES: &str = "
-CREATE TABLE rollup (
-    day               INTEGER NOT NULL, -- days since 1970-01-01, UTC
-    key               TEXT NOT NULL,
-    team              TEXT NOT NULL,
-    model             TEXT NOT NULL,
-    provider          TEXT NOT NULL,
-    upstream_model    TEXT NOT NULL,
-    api               INTEGER NOT NULL,
-    requests          INTEGER NOT NULL,
-    completed         INTEGER NOT NULL,
-    client_gone       INTEGER NOT NULL,
-    failed            INTEGER NOT NULL,
-    estimated         INTEGER NOT NULL,
-    prompt_tokens     INTEGER NOT NULL,
-    cached_tokens     INTEGER NOT NULL,
-    completion_tokens INTEGER NOT NULL,
-    reasoning_tokens  INTEGER NOT NULL,
-    bytes_in          INTEGER NOT NULL,
-    bytes_out         INTEGER NOT NULL,
-    PRIMARY KEY (day, key, team, model, provider, upstream_model, api)
-) STRICT, WITHOUT ROWID;
 CREATE TABLE segment (
     core     INTEGER NOT NULL,
     seq      INTEGER NOT NULL,
@@ -65,6 +44,60 @@ CREATE TABLE removed (
     seq  INTEGER NOT NULL
 ) STRICT;
 ";
+
+const ROLLUP: &str = "
+CREATE TABLE rollup (
+    day                   INTEGER NOT NULL, -- days since 1970-01-01, UTC
+    key                   TEXT NOT NULL,
+    team                  TEXT NOT NULL,
+    organization          TEXT NOT NULL,
+    user                  TEXT NOT NULL,
+    model                 TEXT NOT NULL,
+    provider              TEXT NOT NULL,
+    upstream_model        TEXT NOT NULL,
+    api                   INTEGER NOT NULL,
+    requests              INTEGER NOT NULL,
+    completed             INTEGER NOT NULL,
+    client_gone           INTEGER NOT NULL,
+    failed                INTEGER NOT NULL,
+    estimated             INTEGER NOT NULL,
+    prompt_tokens         INTEGER NOT NULL,
+    cached_tokens         INTEGER NOT NULL,
+    completion_tokens     INTEGER NOT NULL,
+    reasoning_tokens      INTEGER NOT NULL,
+    cache_write_5m_tokens INTEGER NOT NULL,
+    cache_write_1h_tokens INTEGER NOT NULL,
+    cost_nano_usd         INTEGER NOT NULL, -- of the records whose price is known
+    unpriced              INTEGER NOT NULL, -- records whose price is not
+    bytes_in              INTEGER NOT NULL,
+    bytes_out             INTEGER NOT NULL,
+    PRIMARY KEY (day, key, team, organization, user, model, provider, upstream_model, api)
+) STRICT, WITHOUT ROWID;
+";
+
+/// From version 1, which knew neither users nor money.
+const FROM_1: &str = "
+INSERT INTO rollup (day, key, team, organization, user, model, provider, upstream_model, api, requests, completed,
+    client_gone, failed, estimated, prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens,
+    cache_write_5m_tokens, cache_write_1h_tokens, cost_nano_usd, unpriced, bytes_in, bytes_out)
+SELECT day, key, team, '', '', model, provider, upstream_model, api, requests, completed,
+    client_gone, failed, estimated, prompt_tokens, cached_tokens, completion_tokens, reasoning_tokens,
+    0, 0, 0, requests, bytes_in, bytes_out FROM rollup_1;
+DROP TABLE rollup_1;
+";
+
+/// Columns that tell one row of the rollup from others.
+const LABELS: [&str; 9] = [
+    "day",
+    "key",
+    "team",
+    "organization",
+    "user",
+    "model",
+    "provider",
+    "upstream_model",
+    "api",
+];
 
 /// How far a segment is in the rollup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -133,6 +166,8 @@ impl Positions {
 #[derive(Debug)]
 pub struct Store {
     connection: Connection,
+    /// Rows in the rollup of the days that were added to lately.
+    rows_of_day: HashMap<u32, u64>,
     /// Ends [`Store::fold`] just before its commit, as a crash would.
     #[cfg(test)]
     pub fail_before_commit: bool,
@@ -158,6 +193,7 @@ impl Store {
         })?;
         Ok(Store {
             connection,
+            rows_of_day: HashMap::new(),
             #[cfg(test)]
             fail_before_commit: false,
         })
@@ -168,7 +204,9 @@ impl Store {
         let transaction = self
             .connection
             .transaction_with_behavior(TransactionBehavior::Immediate)?;
-        add_sums(&transaction, sums)?;
+        // What a transaction that fails has counted is counted anew by the next.
+        let mut rows_of_day = std::mem::take(&mut self.rows_of_day);
+        add_sums(&transaction, sums, &mut rows_of_day)?;
         for position in positions {
             transaction
                 .prepare_cached(
@@ -186,7 +224,22 @@ impl Store {
         if self.fail_before_commit {
             return Err(rusqlite::Error::QueryReturnedNoRows);
         }
-        transaction.commit()
+        transaction.commit()?;
+        // Days do not come back but when a clock was set: two are counted at most times.
+        if rows_of_day.len() <= 8 {
+            self.rows_of_day = rows_of_day;
+        }
+        Ok(())
+    }
+
+    /// Removes the sums of the oldest day that is older than `day_min`, one at a time: a clock that is far ahead for a
+    /// moment must not take the books with it. True where there was one.
+    pub fn forget_a_day(&mut self, day_min: u32) -> rusqlite::Result<bool> {
+        let removed = self.connection.execute(
+            "DELETE FROM rollup WHERE day < ?1 AND day = (SELECT min(day) FROM rollup)",
+            [day_min],
+        )?;
+        Ok(removed > 0)
     }
 
     /// Notes, durably, that a segment and all before it of its core are in the rollup for good. Its
@@ -248,7 +301,7 @@ pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<Snapshot>> 
         if tables == 0 {
             return Ok(None);
         }
-        if tables > TABLES_VERSION {
+        if tables != TABLES_VERSION {
             return Ok(Some((tables, Positions::default(), Vec::new())));
         }
         Ok(Some((
@@ -259,6 +312,9 @@ pub fn snapshot(state: &Path, day_min: u32) -> anyhow::Result<Option<Snapshot>> 
     };
     match read().with_context(|| format!("cannot read {}", path.display()))? {
         Some((tables, ..)) if tables > TABLES_VERSION => bail!(newer(tables)),
+        Some((tables, ..)) if tables < TABLES_VERSION => bail!(
+            "the database is of an older gateway (tables {tables}); the next start of the gateway brings it to {TABLES_VERSION}"
+        ),
         Some((_, positions, rollup)) => Ok(Some((positions, rollup))),
         None => Ok(None),
     }
@@ -278,9 +334,16 @@ fn prepare(path: &Path) -> anyhow::Result<Connection> {
     let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
     match version {
         TABLES_VERSION => {}
-        0 => {
+        0 | 1 => {
             let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-            transaction.execute_batch(TABLES)?;
+            if version == 0 {
+                transaction.execute_batch(TABLES)?;
+                transaction.execute_batch(ROLLUP)?;
+            } else {
+                transaction.execute_batch("ALTER TABLE rollup RENAME TO rollup_1")?;
+                transaction.execute_batch(ROLLUP)?;
+                transaction.execute_batch(FROM_1)?;
+            }
             transaction.pragma_update(None, "user_version", TABLES_VERSION)?;
             transaction.commit()?;
         }
@@ -289,41 +352,77 @@ fn prepare(path: &Path) -> anyhow::Result<Connection> {
     Ok(connection)
 }
 
-fn add_sums(transaction: &Transaction<'_>, sums: &Sums) -> rusqlite::Result<()> {
+/// Adds sums to their rows. A day's rows are bounded: what would be one too many is added to that of the user `other`.
+fn add_sums(
+    transaction: &Transaction<'_>,
+    sums: &Sums,
+    rows_of_day: &mut HashMap<u32, u64>,
+) -> rusqlite::Result<()> {
     if sums.groups().is_empty() {
         return Ok(());
     }
-    let mut statement = transaction.prepare_cached(&add_statement())?;
+    let mut known = transaction.prepare_cached(&known_statement())?;
+    let mut count = transaction.prepare_cached("SELECT count(*) FROM rollup WHERE day = ?")?;
+    let mut add = transaction.prepare_cached(&add_statement())?;
     for (group, counters) in sums.groups() {
-        let mut place = 1;
-        let mut bind = |statement: &mut rusqlite::CachedStatement<'_>, value: &dyn rusqlite::ToSql| {
-            let result = statement.raw_bind_parameter(place, value);
-            place += 1;
-            result
-        };
-        bind(&mut statement, &group.day)?;
-        for name in [
-            &group.key,
-            &group.team,
-            &group.model,
-            &group.provider,
-            &group.upstream_model,
-        ] {
-            bind(&mut statement, name)?;
+        bind_labels(&mut known, group, &group.user)?;
+        let is_known = known.raw_query().next()?.is_some();
+        let mut user = group.user.as_str();
+        if !is_known {
+            let rows = match rows_of_day.get(&group.day) {
+                Some(rows) => *rows,
+                None => count
+                    .query_row([group.day], |row| row.get::<_, i64>(0))
+                    .map(from_sql)?,
+            };
+            if rows >= ROLLUP_ROWS_PER_DAY_MAX && !user.is_empty() {
+                user = OTHER;
+            } else {
+                rows_of_day.insert(group.day, rows + 1);
+            }
         }
-        bind(&mut statement, &(group.api as u8))?;
+        let mut place = bind_labels(&mut add, group, user)?;
         for value in counters.to_array() {
-            bind(&mut statement, &to_sql(value))?;
+            add.raw_bind_parameter(place, to_sql(value))?;
+            place += 1;
         }
-        statement.raw_execute()?;
+        add.raw_execute()?;
     }
     Ok(())
+}
+
+/// Binds the labels of a group to the first parameters; returns the next one's number.
+fn bind_labels(
+    statement: &mut rusqlite::CachedStatement<'_>,
+    group: &Group,
+    user: &str,
+) -> rusqlite::Result<usize> {
+    let names = [
+        group.key.as_str(),
+        &group.team,
+        &group.organization,
+        user,
+        &group.model,
+        &group.provider,
+        &group.upstream_model,
+    ];
+    statement.raw_bind_parameter(1, group.day)?;
+    for (place, name) in names.iter().enumerate() {
+        statement.raw_bind_parameter(2 + place, name)?;
+    }
+    statement.raw_bind_parameter(2 + names.len(), group.api as u8)?;
+    Ok(3 + names.len())
+}
+
+fn known_statement() -> String {
+    let labels = LABELS.map(|label| format!("{label} = ?"));
+    format!("SELECT 1 FROM rollup WHERE {}", labels.join(" AND "))
 }
 
 /// Adds without overflow: an integer that overflows would become a floating point number.
 fn add_statement() -> String {
     let names = Counters::NAMES;
-    let values = vec!["?"; 7 + Counters::COUNT].join(", ");
+    let values = vec!["?"; LABELS.len() + Counters::COUNT].join(", ");
     let sums = names.map(|name| {
         format!(
             "{name} = min({name}, {} - excluded.{name}) + excluded.{name}",
@@ -331,8 +430,8 @@ fn add_statement() -> String {
         )
     });
     format!(
-        "INSERT INTO rollup (day, key, team, model, provider, upstream_model, api, {}) VALUES ({values}) \
-         ON CONFLICT DO UPDATE SET {}",
+        "INSERT INTO rollup ({}, {}) VALUES ({values}) ON CONFLICT DO UPDATE SET {}",
+        LABELS.join(", "),
         names.join(", "),
         sums.join(", ")
     )
@@ -365,7 +464,8 @@ fn positions(connection: &Connection) -> rusqlite::Result<Positions> {
 
 fn rollup(connection: &Connection, day_min: u32) -> rusqlite::Result<Vec<(Group, Counters)>> {
     let query = format!(
-        "SELECT day, key, team, model, provider, upstream_model, api, {} FROM rollup WHERE day >= ?",
+        "SELECT {}, {} FROM rollup WHERE day >= ?",
+        LABELS.join(", "),
         Counters::NAMES.join(", ")
     );
     let mut statement = connection.prepare(&query)?;
@@ -373,20 +473,22 @@ fn rollup(connection: &Connection, day_min: u32) -> rusqlite::Result<Vec<(Group,
     let mut groups = Vec::new();
     while let Some(row) = rows.next()? {
         // An api that this gateway does not know can only be of a newer one.
-        let api = Api::from_u8(row.get(6)?)
-            .ok_or_else(|| rusqlite::Error::IntegralValueOutOfRange(6, row.get(6).unwrap_or(-1)))?;
+        let api = Api::from_u8(row.get(8)?)
+            .ok_or_else(|| rusqlite::Error::IntegralValueOutOfRange(8, row.get(8).unwrap_or(-1)))?;
         let group = Group {
             day: row.get(0)?,
             key: row.get(1)?,
             team: row.get(2)?,
-            model: row.get(3)?,
-            provider: row.get(4)?,
-            upstream_model: row.get(5)?,
+            organization: row.get(3)?,
+            user: row.get(4)?,
+            model: row.get(5)?,
+            provider: row.get(6)?,
+            upstream_model: row.get(7)?,
             api,
         };
         let mut values = [0; Counters::COUNT];
         for (index, value) in values.iter_mut().enumerate() {
-            *value = from_sql(row.get(7 + index)?);
+            *value = from_sql(row.get(LABELS.len() + index)?);
         }
         groups.push((group, Counters::from_array(values)));
     }
@@ -400,4 +502,104 @@ fn to_sql(value: u64) -> i64 {
 
 fn from_sql(value: i64) -> u64 {
     u64::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::record::tests::numbered;
+
+    /// The tables of version 1, with one row.
+    const OLD: &str = "
+CREATE TABLE rollup (
+    day INTEGER NOT NULL, key TEXT NOT NULL, team TEXT NOT NULL, model TEXT NOT NULL, provider TEXT NOT NULL,
+    upstream_model TEXT NOT NULL, api INTEGER NOT NULL, requests INTEGER NOT NULL, completed INTEGER NOT NULL,
+    client_gone INTEGER NOT NULL, failed INTEGER NOT NULL, estimated INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL,
+    reasoning_tokens INTEGER NOT NULL, bytes_in INTEGER NOT NULL, bytes_out INTEGER NOT NULL,
+    PRIMARY KEY (day, key, team, model, provider, upstream_model, api)
+) STRICT, WITHOUT ROWID;
+INSERT INTO rollup VALUES (20000, 'alice', 't', 'fast', 'p', 'u', 1, 7, 6, 1, 0, 1, 100, 40, 20, 5, 9, 10);
+PRAGMA user_version = 1;
+";
+
+    #[test]
+    fn the_tables_of_version_1_are_brought_to_this_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let connection = Connection::open(dir.path().join(FILE)).unwrap();
+        connection.execute_batch(TABLES).unwrap();
+        connection.execute_batch(OLD).unwrap();
+        drop(connection);
+        assert!(snapshot(dir.path(), 0).is_err());
+        let mut store = Store::open(dir.path()).unwrap();
+        let rollup = store.rollup().unwrap();
+        assert_eq!(rollup.len(), 1);
+        let (group, counters) = &rollup[0];
+        assert_eq!(
+            (group.key.as_str(), group.user.as_str(), group.day),
+            ("alice", "", 20_000)
+        );
+        assert_eq!(
+            (counters.requests, counters.prompt_tokens, counters.bytes_out),
+            (7, 100, 10)
+        );
+        assert_eq!((counters.cost_nano_usd, counters.unpriced), (0, 7));
+        let mut sums = Sums::default();
+        sums.add(&numbered(5).view());
+        store.fold(&sums, &[]).unwrap();
+        drop(store);
+        assert_eq!(Store::open(dir.path()).unwrap().rollup().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn a_day_has_a_bounded_number_of_rows_and_nothing_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        let mut fold = |users: std::ops::Range<u64>| {
+            let mut sums = Sums::default();
+            for user in users {
+                let mut record = numbered(1);
+                record.user = format!("user {user}").into();
+                sums.add(&record.view());
+            }
+            store.fold(&sums, &[]).unwrap();
+            store.rollup().unwrap()
+        };
+        let most = ROLLUP_ROWS_PER_DAY_MAX;
+        fold(0..most);
+        let rollup = fold(most - 10..most + 50);
+        assert_eq!(rollup.len() as u64, most + 1);
+        let requests: u64 = rollup.iter().map(|(_, counters)| counters.requests).sum();
+        assert_eq!(requests, most + 60);
+        let other = rollup.iter().find(|(group, _)| group.user == OTHER).unwrap();
+        assert_eq!(other.1.requests, 50);
+    }
+
+    #[test]
+    fn days_are_forgotten_one_at_a_time_the_oldest_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut store = Store::open(dir.path()).unwrap();
+        let mut sums = Sums::default();
+        for day in [100_u64, 101, 200] {
+            let mut record = numbered(1);
+            record.time_unix_ms = day * 86_400_000;
+            sums.add(&record.view());
+        }
+        store.fold(&sums, &[]).unwrap();
+        let days = |store: &Store| -> Vec<u32> {
+            let mut days: Vec<_> = store
+                .rollup()
+                .unwrap()
+                .iter()
+                .map(|(group, _)| group.day)
+                .collect();
+            days.sort_unstable();
+            days
+        };
+        assert!(store.forget_a_day(150).unwrap());
+        assert_eq!(days(&store), [101, 200]);
+        assert!(store.forget_a_day(150).unwrap());
+        assert!(!store.forget_a_day(150).unwrap());
+        assert_eq!(days(&store), [200]);
+    }
 }

@@ -32,13 +32,20 @@ pub struct Counters {
     pub completion_tokens: u64,
     /// Part of `completion_tokens`.
     pub reasoning_tokens: u64,
+    /// Parts of `prompt_tokens`, written to the provider's cache.
+    pub cache_write_5m_tokens: u64,
+    pub cache_write_1h_tokens: u64,
+    /// Nano-dollars of the records whose cost is known.
+    pub cost_nano_usd: u64,
+    /// Records whose cost nobody knows.
+    pub unpriced: u64,
     pub bytes_in: u64,
     pub bytes_out: u64,
 }
 
 impl Counters {
     /// Number of counters, and of the columns that hold them.
-    pub const COUNT: usize = 11;
+    pub const COUNT: usize = 15;
     /// Names, in the order of [`Counters::to_array`].
     pub const NAMES: [&'static str; Counters::COUNT] = [
         "requests",
@@ -50,6 +57,10 @@ impl Counters {
         "cached_tokens",
         "completion_tokens",
         "reasoning_tokens",
+        "cache_write_5m_tokens",
+        "cache_write_1h_tokens",
+        "cost_nano_usd",
+        "unpriced",
         "bytes_in",
         "bytes_out",
     ];
@@ -61,6 +72,8 @@ impl Counters {
             cached,
             completion,
             reasoning,
+            cache_write_5m,
+            cache_write_1h,
             ..
         } = record.usage;
         let mut counters = Counters {
@@ -70,6 +83,10 @@ impl Counters {
             cached_tokens: cached,
             completion_tokens: completion,
             reasoning_tokens: reasoning,
+            cache_write_5m_tokens: cache_write_5m,
+            cache_write_1h_tokens: cache_write_1h,
+            cost_nano_usd: record.cost.unwrap_or(0),
+            unpriced: u64::from(record.cost.is_none()),
             bytes_in: record.bytes_in,
             bytes_out: record.bytes_out,
             ..Counters::default()
@@ -94,6 +111,10 @@ impl Counters {
             self.cached_tokens,
             self.completion_tokens,
             self.reasoning_tokens,
+            self.cache_write_5m_tokens,
+            self.cache_write_1h_tokens,
+            self.cost_nano_usd,
+            self.unpriced,
             self.bytes_in,
             self.bytes_out,
         ]
@@ -111,6 +132,10 @@ impl Counters {
             cached_tokens,
             completion_tokens,
             reasoning_tokens,
+            cache_write_5m_tokens,
+            cache_write_1h_tokens,
+            cost_nano_usd,
+            unpriced,
             bytes_in,
             bytes_out,
         ] = values;
@@ -124,6 +149,10 @@ impl Counters {
             cached_tokens,
             completion_tokens,
             reasoning_tokens,
+            cache_write_5m_tokens,
+            cache_write_1h_tokens,
+            cost_nano_usd,
+            unpriced,
             bytes_in,
             bytes_out,
         }
@@ -146,6 +175,8 @@ pub struct Group {
     pub day: u32,
     pub key: String,
     pub team: String,
+    pub organization: String,
+    pub user: String,
     pub model: String,
     pub provider: String,
     pub upstream_model: String,
@@ -160,8 +191,8 @@ pub struct Sums {
     groups: Vec<(Group, Counters)>,
 }
 
-/// Longest label: day, api, five names with their lengths.
-const LABEL_BYTES_MAX: usize = 4 + 1 + 5 * (1 + NAME_BYTES_MAX);
+/// Longest label: day, api, seven names with their lengths.
+const LABEL_BYTES_MAX: usize = 4 + 1 + 7 * (1 + NAME_BYTES_MAX);
 
 impl Sums {
     /// Adds one record.
@@ -197,6 +228,8 @@ impl Sums {
         let names = [
             record.key,
             record.team,
+            record.organization,
+            record.user,
             record.model,
             record.provider,
             record.upstream_model,
@@ -218,6 +251,8 @@ fn group_of(record: &RecordView<'_>) -> Group {
         day: day_of(record.time_unix_ms),
         key: record.key.into(),
         team: record.team.into(),
+        organization: record.organization.into(),
+        user: record.user.into(),
         model: record.model.into(),
         provider: record.provider.into(),
         upstream_model: record.upstream_model.into(),

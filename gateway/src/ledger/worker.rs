@@ -4,12 +4,18 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     fmt::Display,
     fs::{self, File},
-    path::PathBuf,
-    sync::{Arc, PoisonError, atomic::AtomicU64, mpsc},
+    io::{self, Write as _},
+    os::unix::fs::OpenOptionsExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use crossbeam::queue::ArrayQueue;
 
 use super::{
@@ -19,7 +25,7 @@ use super::{
     replay::{self, Replayed},
     segment::{self, FRAMES_AT, Found, Header, Name, TEMPORARY},
     store::{Position, Positions, Store},
-    totals::Sums,
+    totals::{Sums, day_of},
 };
 use crate::{
     bounds::{SEGMENT_BYTES, SEGMENTS_LIVE_MAX, SEGMENTS_READY},
@@ -36,6 +42,8 @@ const TURN_MAX: Duration = Duration::from_millis(50);
 const TURN_MIN: Duration = Duration::from_millis(1);
 /// How often new records are folded.
 const FOLD_EVERY: Duration = Duration::from_millis(200);
+/// How often a day's sums may be removed: soon enough for the days that a shorter `ledger.retention` has made old.
+const FORGET_EVERY: Duration = Duration::from_secs(600);
 /// Journal bytes folded in one transaction.
 const FOLD_BYTES_MAX: usize = 32 * 1024 * 1024;
 /// How long an operation that failed is left alone.
@@ -47,6 +55,7 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 const MAKE: &str = "cannot make a journal segment";
 const SYNC: &str = "cannot sync the journal";
 const FOLD: &str = "cannot fold the journal";
+const FORGET: &str = "cannot remove old sums";
 const FLUSH: &str = "cannot flush the ledger";
 
 /// What the thread can be told.
@@ -68,6 +77,12 @@ struct Live {
     folded: usize,
     /// Bytes that are on the disk.
     synced: usize,
+    /// What was appended, where bringing it to the disk failed. Linux marks the pages of a failed write-back clean, so
+    /// that the next `fdatasync` succeeds without having written them (LWN, "PostgreSQL's fsync() surprise", 2018) and they
+    /// may be dropped: what is in memory now is written to a new file.
+    rescued: Option<Vec<u8>>,
+    /// The new file is in place of the old one.
+    rewritten: bool,
 }
 
 /// The journal of one core, as the thread sees it.
@@ -98,6 +113,14 @@ pub struct Worker {
     next_sync: Instant,
     next_fold: Instant,
     next_refill: Instant,
+    next_forget: Instant,
+    /// How many days the sums are kept; `None` for ever.
+    retention_days: Option<u64>,
+    /// Journal bytes that are kept for the export, where there is one and it is behind.
+    backlog_bytes: Option<u64>,
+    /// The next sync fails, as a broken disk's would.
+    #[cfg(test)]
+    fail_next_sync: bool,
     /// Keeps other gateways out of the directory.
     _lock: File,
 }
@@ -118,6 +141,12 @@ impl Worker {
             journals: lanes.iter().map(|lane| lane.shared.clone()).collect(),
             ..Public::default()
         };
+        if config.export.is_some() {
+            let kept = replayed.archive.iter();
+            public
+                .readable()
+                .extend(kept.map(|kept| (kept.name, kept.bytes as usize)));
+        }
         if let Ok(mut status) = public.status.lock() {
             status.replayed = replayed.records;
             status.torn = replayed.torn;
@@ -137,6 +166,11 @@ impl Worker {
             next_sync: now,
             next_fold: now,
             next_refill: now,
+            next_forget: now,
+            retention_days: Some(config.retention.0.as_secs().div_ceil(86_400)).filter(|days| *days > 0),
+            backlog_bytes: config.export.as_ref().map(|export| export.clickhouse.backlog.0),
+            #[cfg(test)]
+            fail_next_sync: false,
             _lock: lock,
         };
         let mut journals = Vec::with_capacity(cores);
@@ -189,6 +223,10 @@ impl Worker {
             let result = self.fold().and_then(|()| self.retire());
             self.next_fold = self.attempted(FOLD, result, now + FOLD_EVERY);
         }
+        if now >= self.next_forget {
+            let result = self.forget(clock::unix_ms());
+            self.next_forget = self.attempted(FORGET, result, now + FORGET_EVERY);
+        }
     }
 
     /// Notes how an operation went; returns when it is to be done again: at `next` where it succeeded.
@@ -226,8 +264,10 @@ impl Worker {
         for lane in &self.lanes {
             while lane.shared.blanks.pop().is_some() {}
         }
-        // An error is counted and logged by `flush`.
-        let _ = self.flush();
+        // An error is counted and logged by `flush`. The second time writes anew what the first one could not sync.
+        if self.flush().is_err() {
+            let _ = self.flush();
+        }
     }
 
     /// Fills the cores' queues of segments.
@@ -277,6 +317,8 @@ impl Worker {
             view,
             folded: FRAMES_AT,
             synced: FRAMES_AT,
+            rescued: None,
+            rewritten: false,
         });
         Ok(Blank {
             id: header.id,
@@ -284,18 +326,27 @@ impl Worker {
         })
     }
 
-    /// Brings what was appended to the disk.
+    /// Brings what was appended to the disk: all that can be, also where one file fails.
     fn sync(&mut self) -> anyhow::Result<()> {
-        for live in self.lanes.iter_mut().flat_map(|lane| &mut lane.live) {
-            let committed = live.view.committed_bytes();
-            if committed > live.synced {
-                live.file
-                    .sync_data()
-                    .with_context(|| format!("cannot sync {}", live.path.display()))?;
-                live.synced = committed;
+        let mut result = Ok(());
+        for lane in &mut self.lanes {
+            for live in &mut lane.live {
+                #[cfg(test)]
+                let fail = std::mem::take(&mut self.fail_next_sync);
+                #[cfg(not(test))]
+                let fail = false;
+                let synced = live.sync(&lane.shared, &self.journal, fail);
+                match synced.with_context(|| format!("cannot sync {}", live.path.display())) {
+                    Ok(rewritten) if rewritten => {
+                        tracing::warn!(file = %live.path.display(), "a journal segment that could not be synced was written anew");
+                        self.public.lock_status().rewritten += 1;
+                    }
+                    Ok(_) => {}
+                    Err(error) => result = Err(error),
+                }
             }
         }
-        Ok(())
+        result
     }
 
     /// Puts what was appended into the sums.
@@ -310,7 +361,7 @@ impl Worker {
         let mut positions = Vec::new();
         let (mut bytes, mut records, mut torn) = (0, 0, 0);
         for live in self.lanes.iter().flat_map(|lane| &lane.live) {
-            let segment = live.view.committed();
+            let segment = live.bytes();
             if segment.len() == live.folded || bytes >= FOLD_BYTES_MAX {
                 continue;
             }
@@ -351,7 +402,11 @@ impl Worker {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .add(&sums);
-        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.backlog_bytes.is_some() {
+            let mut readable = self.public.readable();
+            readable.extend(positions.iter().map(|position| (position.name, position.bytes)));
+        }
+        let mut status = self.public.lock_status();
         status.folded += records;
         status.torn += torn;
         Ok(bytes >= FOLD_BYTES_MAX)
@@ -363,7 +418,7 @@ impl Worker {
             while let Some(live) = lane.live.front() {
                 // In this order: once sealed, the size does not change any more.
                 let sealed = live.view.sealed();
-                let committed = live.view.committed_bytes();
+                let committed = live.committed_bytes();
                 if !sealed || live.folded != committed || live.synced != committed {
                     break;
                 }
@@ -376,9 +431,42 @@ impl Worker {
                 lane.live.pop_front();
             }
         }
-        self.archive
-            .trim(self.keep_bytes, &mut self.store)
-            .context("cannot remove an old journal segment")
+        let (public, keep) = (&self.public, self.keep_bytes);
+        let backlog = self.backlog_bytes.map(|bytes| keep.saturating_add(bytes));
+        let may_go = |name: Name, bytes: u64| match backlog {
+            None => true,
+            // Beyond that the export has lost it.
+            Some(backlog) => public.is_exported(name) || bytes > backlog,
+        };
+        let removed = self
+            .archive
+            .trim(keep, &mut self.store, may_go)
+            .context("cannot remove an old journal segment")?;
+        if backlog.is_some() {
+            for name in removed {
+                if !public.is_exported(name) {
+                    public.lock_status().export_lost_segments += 1;
+                    tracing::error!(
+                        file = name.file(),
+                        "a journal segment was removed before it was exported: raise `backlog`"
+                    );
+                }
+                public.readable().remove(&name);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the sums of a day that is older than they are kept.
+    fn forget(&mut self, now_unix_ms: u64) -> anyhow::Result<()> {
+        let Some(days) = self.retention_days else {
+            return Ok(());
+        };
+        let day_min = u64::from(day_of(now_unix_ms)).saturating_sub(days);
+        self.store
+            .forget_a_day(u32::try_from(day_min).unwrap_or(0))
+            .context("cannot write usage.db")?;
+        Ok(())
     }
 
     /// Counts and logs a failure; returns when to try again.
@@ -390,7 +478,7 @@ impl Worker {
             tracing::error!(error = text, "the ledger is in trouble; trying again");
         }
         self.failing.insert(what, text.clone());
-        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = self.public.lock_status();
         status.io_errors += 1;
         status.trouble = Some(text.clone());
         status.last_error = Some(text);
@@ -404,16 +492,16 @@ impl Worker {
             return;
         }
         tracing::info!("the ledger's trouble is over: {what}");
-        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = self.public.lock_status();
         status.trouble = self.failing.values().next().cloned();
     }
 
     /// Updates what others see.
     fn show(&self) {
         let live = || self.lanes.iter().flat_map(|lane| &lane.live);
-        let mut status = self.public.status.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut status = self.public.lock_status();
         status.unsynced_bytes = live()
-            .map(|live| (live.view.committed_bytes() - live.synced) as u64)
+            .map(|live| live.view.committed_bytes().saturating_sub(live.synced) as u64)
             .sum();
         status.segments = (live().count() + self.archive.len()) as u64;
         status.archive_bytes = self.archive.bytes();
@@ -421,6 +509,81 @@ impl Worker {
 }
 
 impl Live {
+    /// What was appended and can be trusted.
+    fn bytes(&self) -> &[u8] {
+        match &self.rescued {
+            Some(bytes) => bytes,
+            None => self.view.committed(),
+        }
+    }
+
+    fn committed_bytes(&self) -> usize {
+        self.bytes().len()
+    }
+
+    /// Brings what was appended to the disk. True where that took a new file.
+    fn sync(&mut self, shared: &Shared, journal: &Path, fail: bool) -> anyhow::Result<bool> {
+        if self.rewritten {
+            return Ok(false);
+        }
+        if self.rescued.is_none() {
+            let committed = self.view.committed_bytes();
+            if committed <= self.synced {
+                return Ok(false);
+            }
+            let result = match fail {
+                true => Err(io::Error::from_raw_os_error(libc::EIO)),
+                false => self.file.sync_data(),
+            };
+            let Err(error) = result else {
+                self.synced = committed;
+                return Ok(false);
+            };
+            // All of it, also what an earlier sync has brought to the disk: the new file holds the whole segment.
+            self.rescued = Some(self.view.committed().to_vec());
+            shared.leave.store(self.header.id, Ordering::Release);
+            return Err(error).context("the file is given up, its records are written to a new one");
+        }
+        // In this order: once sealed, nothing comes any more.
+        let sealed = self.view.sealed();
+        let rescued = self.rescued.get_or_insert_default();
+        let known = rescued.len();
+        rescued.extend_from_slice(&self.view.committed()[known..]);
+        if !sealed {
+            bail!("the file failed; its core goes on to another one at its next tick");
+        }
+        self.rewrite(journal)?;
+        Ok(true)
+    }
+
+    /// Writes what was rescued to a new file in place of the old one.
+    fn rewrite(&mut self, journal: &Path) -> anyhow::Result<()> {
+        let bytes = self.rescued.as_deref().unwrap_or_default();
+        let unfinished = journal.join(self.header.name.file() + TEMPORARY);
+        let write = || -> io::Result<File> {
+            // What an attempt before this one left.
+            match fs::remove_file(&unfinished) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let mut file = File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&unfinished)?;
+            file.write_all(bytes)?;
+            file.set_len(bytes.len().next_multiple_of(4096) as u64)?;
+            file.sync_all()?;
+            fs::rename(&unfinished, &self.path)?;
+            File::open(journal)?.sync_all()?;
+            Ok(file)
+        };
+        self.file = write().with_context(|| format!("cannot write {}", unfinished.display()))?;
+        self.synced = bytes.len();
+        self.rewritten = true;
+        Ok(())
+    }
+
     fn position(&self, bytes: usize, done: bool) -> Position {
         Position {
             name: self.header.name,
@@ -456,6 +619,7 @@ fn lanes(cores: usize, replayed: &Replayed, positions: &Positions) -> Vec<Lane> 
             blanks: ArrayQueue::new(SEGMENTS_READY),
             appended: AtomicU64::new(0).into(),
             refused: AtomicU64::new(0),
+            leave: AtomicU64::new(0),
         }),
         next_seq: positions
             .seq_max(core)

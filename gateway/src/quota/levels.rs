@@ -15,6 +15,8 @@ use std::sync::{
 use super::{
     calendar::Period,
     identity::mix,
+    leases::Directory,
+    shared::{self, Lease},
     state,
     table::{BY_WORD, FOREVER, Full, Place, Table, WHILE_ANY},
     window::{self, Slide, Standing, Window},
@@ -69,8 +71,10 @@ pub struct Query<'a> {
 }
 
 /// Units that were taken.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Taken {
+    /// The same units of the lease, where several hosts share the level.
+    lease: Option<Lease>,
     shelf: Shelf,
     place: Place,
     /// In the level's own unit: nanoseconds of a bucket, otherwise units.
@@ -87,6 +91,8 @@ pub enum Refused {
     Exhausted(Standing),
     /// There is no place for a new level.
     Full,
+    /// Hosts share the level, and the store in which they do is gone.
+    StoreGone,
 }
 
 /// All levels. See the module.
@@ -99,6 +105,8 @@ pub struct Levels {
     overflowed: AtomicU64,
     /// The words of the state file, whose head has the clock; `None` where levels are not kept.
     head: Option<Arc<Words>>,
+    /// What several hosts share; `None` where each counts for itself.
+    shared: Option<Arc<Directory>>,
 }
 
 impl Default for Levels {
@@ -118,6 +126,7 @@ impl Levels {
             clock_base_ns: steady_ns.saturating_sub(clock::monotonic_ns()),
             overflowed: AtomicU64::new(0),
             head: None,
+            shared: None,
         }
     }
 
@@ -125,6 +134,11 @@ impl Levels {
     pub fn with_head(mut self, head: Arc<Words>) -> Levels {
         self.head = Some(head);
         self
+    }
+
+    /// The same levels, shared with other hosts.
+    pub fn share(&mut self, directory: Arc<Directory>) {
+        self.shared = Some(directory);
     }
 
     /// The words in which levels are kept over a restart.
@@ -143,8 +157,14 @@ impl Levels {
     pub fn now(&self) -> Moment {
         Moment {
             steady_ns: self.clock_base_ns + clock::monotonic_ns(),
-            unix_ms: clock::unix_ms(),
+            unix_ms: self.unix_ms(),
         }
+    }
+
+    /// The wall clock; of hosts that share levels, the store's, so that periods begin everywhere at once.
+    fn unix_ms(&self) -> u64 {
+        let offset_ms = self.shared.as_ref().map_or(0, |shared| shared.offset_ms());
+        clock::unix_ms().saturating_add_signed(offset_ms)
     }
 
     /// One of the tables.
@@ -162,6 +182,23 @@ impl Levels {
     /// # Errors
     /// They do not fit (never where the limit is not hard), or there is no place to count them at.
     pub fn reserve(&self, query: &Query<'_>, units: u64, now: Moment) -> Result<(Taken, Standing), Refused> {
+        let (mut taken, standing) = self.reserve_here(query, units, now)?;
+        let Some(directory) = &self.shared else {
+            return Ok((taken, standing));
+        };
+        match shared::reserve(directory, query, units, now) {
+            Ok((lease, standing)) => {
+                taken.lease = Some(lease);
+                Ok((taken, standing))
+            }
+            Err(refused) => {
+                self.give_back(query, &taken, units, 0, now);
+                Err(refused)
+            }
+        }
+    }
+
+    fn reserve_here(&self, query: &Query<'_>, units: u64, now: Moment) -> Result<(Taken, Standing), Refused> {
         match self.try_reserve(query, query.shelf, query.id, units, now) {
             Err(Refused::Full) if query.shelf != Shelf::Parallel => {
                 self.overflowed.fetch_add(1, Ordering::Relaxed);
@@ -202,6 +239,7 @@ impl Levels {
             }
             at.stay(table, query.amount, word.load(Ordering::Relaxed));
             let taken = Taken {
+                lease: None,
                 shelf,
                 place: at.place,
                 cost,
@@ -214,6 +252,9 @@ impl Levels {
 
     /// Gives back what of a reservation was not used: all but `used` of its `reserved` units.
     pub fn give_back(&self, query: &Query<'_>, taken: &Taken, reserved: u64, used: u64, now: Moment) {
+        if let Some(lease) = &taken.lease {
+            shared::settle(lease, reserved, used.min(reserved));
+        }
         let table = self.shelf(taken.shelf);
         if !table.is_still(taken.place) {
             // Its time is long over: nobody counts it any more.
@@ -237,6 +278,13 @@ impl Levels {
         }
     }
 
+    /// What was taken is used for good: an accepted request. What the host's own level has taken it has.
+    pub fn keep(&self, taken: &Taken, reserved: u64) {
+        if let Some(lease) = &taken.lease {
+            shared::settle(lease, reserved, reserved);
+        }
+    }
+
     /// Takes what was used beyond a reservation, although there may be no room: it is debt.
     pub fn charge(&self, query: &Query<'_>, units: u64, now: Moment) {
         let soft = Query {
@@ -245,7 +293,10 @@ impl Levels {
             ..*query
         };
         // Where there is no place even on the overflow shelf, nothing can be counted; that was counted.
-        let _ = self.reserve(&soft, units, now);
+        let _ = self.reserve_here(&soft, units, now);
+        if let Some(directory) = &self.shared {
+            shared::charge(directory, query, units, now);
+        }
     }
 
     /// Raises a counter to `least` where it is lower; returns what it was.
@@ -262,6 +313,9 @@ impl Levels {
 
     /// How a level stands without taking anything; what running requests hold counts as used.
     pub fn standing(&self, query: &Query<'_>, now: Moment) -> Standing {
+        if let Some((standing, _)) = self.shared_standing(query, now) {
+            return standing;
+        }
         match self.peek(query, now) {
             Some((at, value)) => at.standing(query, value, 0, now),
             None => Standing {
@@ -274,6 +328,15 @@ impl Levels {
     /// Units that are used for good in the present period, without what running requests hold. For counters; 0 for a
     /// bucket.
     pub fn settled(&self, query: &Query<'_>, now: Moment) -> u64 {
+        let of_all_hosts = self.shared_standing(query, now).map_or(0, |(_, used)| used);
+        self.settled_here(query, now).max(of_all_hosts)
+    }
+
+    fn shared_standing(&self, query: &Query<'_>, now: Moment) -> Option<(Standing, u64)> {
+        shared::standing(self.shared.as_ref()?, query, now)
+    }
+
+    fn settled_here(&self, query: &Query<'_>, now: Moment) -> u64 {
         match self.peek(query, now) {
             Some((at, value)) if !matches!(query.window, Window::Bucket { .. }) => {
                 let held = self.shelf(query.shelf).held(at.place).load(Ordering::Relaxed);

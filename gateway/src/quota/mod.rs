@@ -8,16 +8,20 @@
 //! levels        one atomic word for each rule, subject and period ── table   found without locks, bounded
 //! window, calendar   the arithmetic of buckets, sliding windows and calendar periods
 //! state         levels over restarts
+//! lease, leases, shared   what this host may use of levels that several hosts share
 //! ```
 
 pub mod budget;
 pub mod calendar;
 pub mod identity;
+pub mod lease;
+pub mod leases;
 pub mod levels;
 pub mod policy;
 pub mod refusals;
 pub mod reservation;
 pub mod rule;
+pub mod shared;
 pub mod state;
 pub mod table;
 pub mod window;

@@ -70,6 +70,8 @@ pub enum Why {
     Unpriced,
     /// There is no place to count it at.
     NoPlace,
+    /// Hosts share the limit, and the store in which they do is gone.
+    StoreGone,
     /// A budget or credit is spent.
     Spent,
 }
@@ -188,6 +190,9 @@ impl Reservation {
         let (taken, standing) = loop {
             match self.quota.levels.reserve(&rule.query(id), asked, now) {
                 Ok(granted) => break granted,
+                Err(Refused::StoreGone) => {
+                    return Err(denied(rule, Why::StoreGone, Standing::default(), asked));
+                }
                 Err(Refused::Full) => return Err(denied(rule, Why::NoPlace, Standing::default(), asked)),
                 Err(Refused::Exhausted(standing)) => {
                     let left = standing.remaining.min(whole);
@@ -375,7 +380,10 @@ impl Reservation {
             let rule = hold.source.rule(&self.policies);
             let mut left = match rule.unit {
                 // Accepted is used, whatever came of it.
-                Unit::Requests => continue,
+                Unit::Requests => {
+                    self.quota.levels.keep(&hold.taken, hold.reserved);
+                    continue;
+                }
                 Unit::Parallel => 0,
                 unit => used.of(unit),
             };

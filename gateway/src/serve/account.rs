@@ -3,9 +3,10 @@
 use std::{net::IpAddr, rc::Rc, sync::Arc};
 
 use crate::{
+    config::schema::OnDisconnect,
     core::Core,
-    dialect::{Api, Usage},
-    fleet::Target,
+    dialect::{Api, Finish, Usage, estimate::Calibration},
+    fleet::{Endpoint, Target},
     ledger::{
         prices::Price,
         record::{Flags, Outcome, Record, RequestId},
@@ -29,10 +30,23 @@ pub struct Account {
     /// Input tokens as they were estimated, for a request whose provider tells none.
     input_estimated: u64,
     error: Option<&'static str>,
-    /// What the target that was asked last costs.
+    /// Who was asked last, as far as the books care.
+    target: Option<Asked>,
+    /// Bytes of generated text that were seen, as JSON has it; 0 where nobody looked.
+    text_bytes: u64,
+}
+
+/// See [`Account::target`].
+struct Asked {
     price: Option<Arc<Price>>,
-    /// Requests made to upstreams.
-    attempts: u8,
+    calibration: Arc<Calibration>,
+    on_disconnect: OnDisconnect,
+}
+
+/// What a client says of its request for the books: the end user, and its tags.
+pub struct Marks {
+    pub user: Arc<str>,
+    pub tags: Arc<str>,
 }
 
 impl Account {
@@ -48,6 +62,7 @@ impl Account {
         api: Api,
         input_estimated: u64,
         body_bytes: usize,
+        marks: Marks,
         reservation: Reservation,
     ) -> Account {
         core.telemetry.counters().requests.inc();
@@ -58,14 +73,22 @@ impl Account {
             id,
             key: key.name.clone(),
             team: key.team.clone(),
+            user: marks.user,
+            organization: empty.clone(),
             model: model.name.clone(),
             provider: empty.clone(),
-            upstream_model: empty,
+            upstream_model: empty.clone(),
+            endpoint: empty,
+            tags: marks.tags,
             api,
             outcome: Outcome::Complete,
+            finish: Finish::Unknown,
             flags: Flags::default(),
             status: 0,
+            attempts: 0,
+            fallback: 0,
             usage: Usage::default(),
+            cost: None,
             ttft_us: 0,
             duration_us: 0,
             bytes_in: body_bytes as u64,
@@ -80,24 +103,35 @@ impl Account {
             client,
             input_estimated,
             error: None,
-            price: None,
-            attempts: 0,
+            target: None,
+            text_bytes: 0,
         }
     }
 
-    /// Notes who is asked.
-    pub fn target(&mut self, target: &Target, attempt: usize, fallback: bool) {
-        self.attempts = self.attempts.saturating_add(1);
-        self.record.provider = target.provider.name.clone();
-        self.record.upstream_model = target.model.clone();
-        self.price = target.tariff.at(self.record.time_unix_ms).cloned();
+    /// Notes who is asked; `fallback` is the target's place among those that are tried.
+    pub fn target(&mut self, target: &Target, endpoint: &Endpoint, attempt: usize, fallback: usize) {
+        self.record.attempts = self.record.attempts.saturating_add(1);
         if attempt > 0 {
             self.record.flags.set(Flags::RETRIED);
             self.core.telemetry.counters().upstream_retries.inc();
         }
-        if fallback {
+        self.answered_by(target, endpoint, fallback);
+    }
+
+    /// Notes who answered, where that is not who was asked last.
+    pub fn answered_by(&mut self, target: &Target, endpoint: &Endpoint, fallback: usize) {
+        self.record.provider = target.provider.name.clone();
+        self.record.upstream_model = target.model.clone();
+        self.record.endpoint = endpoint.name.clone();
+        self.record.fallback = u8::try_from(fallback).unwrap_or(u8::MAX);
+        if fallback > 0 {
             self.record.flags.set(Flags::FALLBACK);
         }
+        self.target = Some(Asked {
+            price: target.tariff.at(self.record.time_unix_ms).cloned(),
+            calibration: target.calibration.clone(),
+            on_disconnect: target.provider.on_disconnect,
+        });
     }
 
     /// Reserves what limits of a provider ask for, before the request is sent there.
@@ -174,13 +208,6 @@ impl Account {
         self.error = Some(code);
     }
 
-    /// Notes who answered, where that is not who was asked last.
-    pub fn answered_by(&mut self, target: &Target) {
-        self.record.provider = target.provider.name.clone();
-        self.record.upstream_model = target.model.clone();
-        self.price = target.tariff.at(self.record.time_unix_ms).cloned();
-    }
-
     /// The request's id as text, and when it began, milliseconds of the Unix clock.
     pub fn id(&self) -> (String, u64) {
         let id = self.record.id.hex();
@@ -202,14 +229,44 @@ impl Account {
         }
     }
 
+    /// Notes why the model stopped.
+    pub fn finish(&mut self, finish: Finish) {
+        self.record.finish = finish;
+    }
+
+    /// Notes how much generated text was seen, bytes as JSON has it.
+    pub fn text(&mut self, bytes: u64) {
+        self.text_bytes = bytes;
+    }
+
+    /// Sets a flag of the record.
+    pub fn flag(&mut self, flag: Flags) {
+        self.record.flags.set(flag);
+    }
+
+    /// Whether the rest of the answer is to be read when the client hangs up.
+    pub fn drains(&self) -> bool {
+        let asked = self.target.as_ref();
+        asked.is_some_and(|asked| asked.on_disconnect == OnDisconnect::Drain)
+    }
+
+    /// How many bytes make a token of the model that was asked; `None` before one was.
+    pub fn calibration(&self) -> Option<Arc<Calibration>> {
+        self.target.as_ref().map(|asked| asked.calibration.clone())
+    }
+
     /// What is asked for.
     pub fn api(&self) -> Api {
         self.record.api
     }
 
-    /// Input tokens that were estimated at the beginning.
+    /// Input tokens as they are estimated: by what the model has taught that was asked, else as at the beginning.
     pub fn input_estimated(&self) -> u64 {
-        self.input_estimated
+        let bytes = self.record.bytes_in;
+        let asked = self.target.as_ref();
+        asked.map_or(self.input_estimated, |asked| {
+            asked.calibration.input_tokens(bytes)
+        })
     }
 
     /// When the request's head was complete, by the monotonic clock, nanoseconds.
@@ -238,6 +295,19 @@ impl Account {
         self.record.usage = usage;
         if estimated {
             self.record.flags.set(Flags::ESTIMATED);
+        } else {
+            self.learn(&usage);
+        }
+        if usage.clamped {
+            self.record.flags.set(Flags::CLAMPED);
+        }
+        let failed = matches!(outcome, Outcome::UpstreamFailed | Outcome::TimedOut);
+        if failed || self.record.provider.len() > 0 && self.record.status >= 400 {
+            self.record.flags.set(Flags::UPSTREAM_ERROR);
+        }
+        self.record.cost = self.cost(&usage);
+        if self.record.cost.is_none() {
+            self.record.flags.set(Flags::UNPRICED);
         }
         self.record.duration_us = (now_ns - self.started_ns) / 1000;
         reservation.settle(self.amounts(&usage));
@@ -247,11 +317,28 @@ impl Account {
 
     /// What limits count of a usage, at the price of the target that answered.
     fn amounts(&self, usage: &Usage) -> Amounts {
-        let nano_usd = self.price.as_ref().map_or(0, |price| price.cost(usage));
         Amounts {
             input: usage.prompt,
             output: usage.completion,
-            nano_usd,
+            nano_usd: self.cost(usage).unwrap_or_default(),
+        }
+    }
+
+    /// What a request cost: nothing where nothing was used, `None` where nobody knows the price.
+    fn cost(&self, usage: &Usage) -> Option<u64> {
+        if usage.total() == 0 {
+            return Some(0);
+        }
+        let price = self.target.as_ref()?.price.as_ref()?;
+        Some(price.cost(usage))
+    }
+
+    /// Learns the ratio of bytes to tokens from what the provider told.
+    fn learn(&self, usage: &Usage) {
+        let Some(asked) = &self.target else { return };
+        asked.calibration.learn_input(self.record.bytes_in, usage.prompt);
+        if self.text_bytes > 0 && usage.reasoning == 0 {
+            asked.calibration.learn_output(self.text_bytes, usage.completion);
         }
     }
 
@@ -263,6 +350,9 @@ impl Account {
         counters.tokens_cached.add(record.usage.cached);
         counters.tokens_completion.add(record.usage.completion);
         counters.usage_estimated.add(estimated.into());
+        counters.usage_clamped.add(record.usage.clamped.into());
+        counters.unpriced.add(record.cost.is_none().into());
+        counters.cost_nano_usd.add(record.cost.unwrap_or(0));
         match record.outcome {
             Outcome::ClientGone => counters.client_disconnects.inc(),
             Outcome::UpstreamFailed | Outcome::TimedOut => counters.upstream_errors.inc(),
@@ -298,7 +388,7 @@ impl Account {
             stream: record.flags.has(Flags::STREAM),
             estimated: record.flags.has(Flags::ESTIMATED),
             usage: record.usage,
-            attempts: self.attempts,
+            attempts: self.record.attempts,
             ttft_us: record.ttft_us,
             duration_us: record.duration_us,
             bytes_in: record.bytes_in,
@@ -312,7 +402,7 @@ impl Drop for Account {
         // Only a request that was given up in the middle gets here unsettled: by the end of the core, or by a panic.
         if !self.is_settled() {
             let usage = Usage {
-                prompt: self.input_estimated,
+                prompt: self.input_estimated(),
                 ..Usage::default()
             };
             self.settle(Outcome::Stopped, usage, true);

@@ -65,13 +65,14 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
                 break;
             };
             tried.push(endpoint.id);
-            account.target(target, attempts, Some(index) != preferred);
+            let fallback = if Some(index) == preferred { 0 } else { place.max(1) };
+            account.target(target, &endpoint, attempts, fallback);
             attempts += 1;
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
                     // Kept, to be the answer if nobody has a better one.
                     let refuses_the_target = is_rate_limit(upstream.head.status);
-                    busy = Some((upstream, target));
+                    busy = Some((upstream, target, place));
                     if refuses_the_target {
                         break;
                     }
@@ -85,8 +86,8 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             }
         }
     }
-    if let Some((upstream, target)) = busy {
-        account.answered_by(target);
+    if let Some((upstream, target, place)) = busy {
+        account.answered_by(target, &upstream.endpoint, place);
         return Ok(upstream);
     }
     if let Some(denied) = limited.filter(|_| attempts == 0) {

@@ -16,4 +16,5 @@ mod body;
 mod dispatch;
 mod ends;
 mod relay;
+mod tags;
 mod upstream;

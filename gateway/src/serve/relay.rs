@@ -1,6 +1,7 @@
 //! Passing an upstream's answer on.
 
 mod cut;
+pub mod drain;
 mod stream;
 mod whole;
 

@@ -8,10 +8,10 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc};
 
 use super::{
-    account::Account,
+    account::{Account, Marks},
     answer,
     body::{self, Body},
     connection::{Client, Next, Served},
@@ -20,16 +20,15 @@ use super::{
     keys::Key,
     relay,
     snapshot::{Model, Snapshot},
+    tags,
     upstream::{self, Upstream},
 };
 use sha2::{Digest, Sha256};
 
 use crate::{
+    bounds::{DRAIN_TIME_MAX, NAME_BYTES_MAX},
     core::{Core, DRAIN, STOP},
-    dialect::{
-        Api, Usage,
-        request::{Call, estimate_input},
-    },
+    dialect::{Api, Usage, request::Call},
     error::{Dialect, Error, Kind},
     http::head::{Framing, Method},
     ledger::record::{Outcome, RequestId},
@@ -340,7 +339,8 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let input = estimate_input(body.bytes());
+    let marks = marks(core, call, noted)?;
+    let input = model.input_tokens(body.bytes().len() as u64);
     let ask = Ask {
         input,
         output,
@@ -371,6 +371,7 @@ fn admit(
         api,
         input,
         body.bytes().len(),
+        marks,
         admission.reservation,
     );
     Ok((account, admission.report))
@@ -380,6 +381,7 @@ fn admit(
 #[derive(Default)]
 struct Noted {
     user: Option<String>,
+    tags: Option<Box<[u8]>>,
     headers: Vec<(Box<str>, Box<[u8]>)>,
 }
 
@@ -390,6 +392,7 @@ impl Noted {
         let user = snapshot.user_header.as_deref().and_then(field);
         let wanted = snapshot.policies.headers().iter();
         Noted {
+            tags: field("x-gateway-tags").map(Into::into),
             user: user.map(|value| String::from_utf8_lossy(value).into_owned()),
             headers: wanted
                 .filter_map(|name| Some((name.clone(), field(name)?.into())))
@@ -401,6 +404,20 @@ impl Noted {
         let found = self.headers.iter().find(|(noted, _)| **noted == *name);
         found.map(|(_, value)| &**value)
     }
+}
+
+/// What the client says of its request for the books.
+fn marks(core: &Core, call: &Call<'_>, noted: &Noted) -> Result<Marks, Error> {
+    let user = noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default();
+    let tags = noted.tags.as_deref();
+    let or_empty = |text: &str| match text {
+        "" => core.empty.clone(),
+        text => Arc::from(text),
+    };
+    Ok(Marks {
+        user: or_empty(&user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
+        tags: or_empty(tags.map_or(Ok(""), tags::parse)?),
+    })
 }
 
 /// What a refusal by a limit says: which one, what is left, when it makes sense to try again.
@@ -429,6 +446,12 @@ pub fn limit_error(denied: &Denied) -> Error {
             "limit_table_full",
             format!("{name} cannot count this request now: too many users or clients at the same time"),
         ),
+        Why::StoreGone => (
+            "limit_store_unavailable",
+            format!(
+                "{name} is shared by several gateways, and the store in which they share it is out of reach"
+            ),
+        ),
         Why::Spent => (
             "insufficient_quota",
             format!(
@@ -447,12 +470,17 @@ pub fn limit_error(denied: &Denied) -> Error {
     let seconds = denied.standing.retry_after_ns.div_ceil(1_000_000_000);
     let retry_after_s = match denied.why {
         Why::Never | Why::Unpriced => None,
-        Why::NoPlace => Some(RETRY_AFTER_S),
+        Why::NoPlace | Why::StoreGone => Some(RETRY_AFTER_S),
         // A parallel request ends when it ends.
         Why::Exhausted if seconds == 0 => Some(RETRY_AFTER_S),
         Why::Exhausted | Why::Spent => (seconds > 0).then_some(seconds),
     };
-    let error = Error::new(Kind::RateLimited, message);
+    let kind = match denied.why {
+        // Nothing that the client did.
+        Why::StoreGone => Kind::Overloaded,
+        _ => Kind::RateLimited,
+    };
+    let error = Error::new(kind, message);
     Error {
         code: Some(code),
         retry_after_s,
@@ -468,14 +496,34 @@ async fn dispatch(
     key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), Ends::new(core, &key.life));
-    let dispatched = race(dispatch::run(core, order, account), ends).await;
+    let dispatched = {
+        let mut running = pin!(dispatch::run(core, order, account));
+        let ends = race(client.gone(core), Ends::new(core, &key.life));
+        match race(running.as_mut(), ends).await {
+            // Read on for the books: the head of an answer that is not streamed comes with its end.
+            Either::Second(Either::First(())) if order.model.drains() => {
+                let ends = race(core.late(DRAIN_TIME_MAX), Ends::new(core, &key.life));
+                match race(running, ends).await {
+                    Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),
+                    _ => Either::Second(Either::First(())),
+                }
+            }
+            Either::First(Ok(upstream)) => Either::First(Ok((upstream, false))),
+            Either::First(Err(error)) => Either::First(Err(error)),
+            Either::Second(ends) => Either::Second(ends),
+        }
+    };
     let prompt_only = Usage {
         prompt: account.input_estimated(),
         ..Usage::default()
     };
     let (error, outcome, usage) = match dispatched {
-        Either::First(Ok(upstream)) => return Ok(upstream),
+        Either::First(Ok((upstream, false))) => return Ok(upstream),
+        Either::First(Ok((upstream, true))) => {
+            account.answering(0, false);
+            relay::drain::rest(core, upstream, account, Vec::new()).await;
+            return Err(Refusal::Gone);
+        }
         Either::First(Err(error)) if error.kind == Kind::UpstreamTimeout => {
             (error, Outcome::TimedOut, prompt_only)
         }

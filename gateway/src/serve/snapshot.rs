@@ -10,9 +10,9 @@ use super::keys::{self, ByHash, Key, Life, NEVER_MS};
 use crate::{
     config::{
         self,
-        schema::{self, Balance, Config},
+        schema::{self, Balance, Config, OnDisconnect},
     },
-    dialect::Tier,
+    dialect::{Tier, estimate::Calibrations},
     fleet::{Endpoints, Provider, Target},
     ledger::prices::{self, Book},
     quota::{Ids, Policies, Quota, Rates, refusals::Rule},
@@ -39,6 +39,8 @@ pub struct Snapshot {
     pub http: Http,
     /// When the kernel shall drop a client.
     pub refusals: Rule,
+    /// Requests are served although they cannot be recorded.
+    pub serves_unrecorded: bool,
 }
 
 /// Bounds and times of the client's side, as plain numbers.
@@ -78,6 +80,7 @@ pub struct Registry {
     pub endpoints: Endpoints,
     /// The file's keys by name: what a key's versions share outlives the snapshot.
     lives: HashMap<String, Arc<Life>>,
+    pub calibrations: Calibrations,
     generation: u64,
 }
 
@@ -94,7 +97,10 @@ impl Snapshot {
         let mut models = HashMap::new();
         let book = Book::new(config);
         for model in &config.models {
-            let compiled = compile_model(model, &config.providers, &providers, &book)?;
+            let mut compiled = compile_model(model, &config.providers, &providers, &book)?;
+            for target in &mut compiled.targets {
+                target.calibration = registry.calibrations.of(&target.provider.name, &target.model);
+            }
             models.insert(model.name.clone().into_boxed_str(), Arc::new(compiled));
         }
         let mut keys = ByHash::default();
@@ -139,6 +145,7 @@ impl Snapshot {
                 after: config.kernel.drop.after_refusals,
                 within: config.kernel.drop.within.0,
             },
+            serves_unrecorded: config.ledger.on_error == schema::OnError::Serve,
         })
     }
 
@@ -171,6 +178,23 @@ impl Snapshot {
 }
 
 impl Model {
+    /// Whether an answer of some of its targets is read on when its client hangs up.
+    pub fn drains(&self) -> bool {
+        self.targets
+            .iter()
+            .any(|target| target.provider.on_disconnect == OnDisconnect::Drain)
+    }
+
+    /// Input tokens of a body, by what the target has taught that goes first.
+    pub fn input_tokens(&self, body_bytes: u64) -> u64 {
+        let first = self
+            .targets
+            .iter()
+            .filter(|target| target.weight > 0)
+            .min_by_key(|target| target.priority);
+        first.map_or(1, |target| target.calibration.input_tokens(body_bytes))
+    }
+
     /// The most that a request can cost, nano-dollars, whichever of the model's targets serves it: for reservations.
     /// Targets whose price nobody knows are left out; `None` where no price is known.
     pub fn cost_max(&self, input: u64, output: u64, tier: Tier, unix_ms: u64) -> Option<u64> {
@@ -218,6 +242,7 @@ fn compile_model(
             weight: target.weight,
             priority: target.priority,
             tariff: book.tariff(&target.provider, vendor.as_deref(), name),
+            calibration: Arc::default(),
         });
     }
     Ok(Model {

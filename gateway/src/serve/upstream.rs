@@ -61,6 +61,7 @@ fn is_kept_back(name: &[u8]) -> bool {
         .into_iter()
         .any(|other| name.eq_ignore_ascii_case(other.as_bytes()))
         || starts(b"x-forwarded-")
+        || starts(b"x-gateway-")
 }
 
 /// The head of the request to an endpoint.

@@ -207,6 +207,16 @@ counters! {
     access_log_dropped,
     /// Requests turned away because the ledger's queue was full.
     ledger_full,
+    /// Requests served that are not in the books (`ledger.on_error: serve`).
+    ledger_unrecorded,
+    /// Requests whose cost nobody knows.
+    unpriced,
+    /// Requests whose provider told figures that contradict themselves.
+    usage_clamped,
+    /// What settled requests cost, nano-dollars.
+    cost_nano_usd,
+    /// Answers read on after their client had hung up.
+    answers_drained,
 }
 
 impl Counters {

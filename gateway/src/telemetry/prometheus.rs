@@ -222,6 +222,31 @@ fn write_tokens(totals: &Totals, out: &mut Exposition) {
     )
     .value(totals.limit_cuts);
     out.counter(
+        "gateway_usage_clamped_total",
+        "Requests whose provider told figures that contradict themselves: more cached than there was input, say.",
+    )
+    .value(totals.usage_clamped);
+    out.counter(
+        "gateway_unpriced_total",
+        "Requests whose cost is not known, for want of a price.",
+    )
+    .value(totals.unpriced);
+    out.counter(
+        "gateway_cost_usd_total",
+        "What settled requests cost, US dollars, as far as prices are known.",
+    )
+    .value(dollars(totals.cost_nano_usd));
+    out.counter(
+        "gateway_answers_drained_total",
+        "Answers read on after their client had hung up, for their usage.",
+    )
+    .value(totals.answers_drained);
+    out.counter(
+        "gateway_ledger_unrecorded_total",
+        "Requests served that are not in the books.",
+    )
+    .value(totals.ledger_unrecorded);
+    out.counter(
         "gateway_ledger_full_total",
         "Requests turned away because the ledger's queue was full.",
     )
@@ -403,6 +428,11 @@ fn escape(text: &str, out: &mut String) {
             c => out.push(c),
         }
     }
+}
+
+/// Nano-dollars as dollars, exactly.
+pub fn dollars(nano: u64) -> impl Display {
+    crate::config::units::Dollars(nano)
 }
 
 fn seconds(us: u64) -> f64 {

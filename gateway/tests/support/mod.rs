@@ -3,6 +3,7 @@
 #![allow(dead_code)] // each test file uses a part of it
 
 pub mod client;
+pub mod redis;
 pub mod scripted;
 pub mod skip;
 

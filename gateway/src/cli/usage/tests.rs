@@ -7,7 +7,10 @@ use clap::Parser;
 use super::*;
 use crate::{
     dialect::{Api, Usage},
-    ledger::{Ledger, record::Outcome},
+    ledger::{
+        Ledger,
+        record::{Flags, Outcome},
+    },
 };
 
 #[derive(Parser)]
@@ -52,6 +55,8 @@ fn record(number: u8, key: &str, model: &str, day: u64) -> Record {
         duration_us: 2,
         bytes_in: 3,
         bytes_out: 4,
+        cost: Some(1_500_000_001),
+        ..Record::default()
     }
 }
 
@@ -69,6 +74,8 @@ fn ledger() -> (tempfile::TempDir, Ledger) {
     journals[0].append(&record(1, "alice", "fast", DAY)).unwrap();
     let mut gone = record(2, "bob", "fast", DAY);
     gone.outcome = Outcome::ClientGone;
+    gone.cost = None;
+    gone.user = Arc::from("u,1");
     gone.flags.set(Flags::ESTIMATED);
     journals[1].append(&gone).unwrap();
     ledger.flush().unwrap();
@@ -82,11 +89,11 @@ fn the_table_is_aligned_and_has_a_total() {
     let (dir, _ledger) = ledger();
     let table = usage(dir.path(), &[]).unwrap();
     let wanted = "\
-key    model  requests  complete  gone  failed  estimated  prompt  cached  completion  reasoning
-alice  deep          1         1     0       0          0     100      40           7          2
-alice  fast          2         2     0       0          0     200      80          14          4
-bob    fast          1         0     1       0          1     100      40           7          2
-total                4         3     1       0          1     400     160          28          8
+key    model  requests  complete  gone  failed  estimated  prompt  cached  completion  reasoning          usd  unpriced
+alice  deep          1         1     0       0          0     100      40           7          2  1.500000001         0
+alice  fast          2         2     0       0          0     200      80          14          4  3.000000002         0
+bob    fast          1         0     1       0          1     100      40           7          2            -         1
+total                4         3     1       0          1     400     160          28          8  4.500000003         1
 ";
     assert_eq!(table, wanted);
     let by_team = usage(dir.path(), &["--by", "team"]).unwrap();
@@ -110,6 +117,66 @@ fn sums_are_told_apart_as_asked_and_since_a_day() {
         (&json["total"]["requests"], &json["total"]["prompt_tokens"]),
         (&json!(2), &json!(200))
     );
+}
+
+#[test]
+fn csv_has_names_and_exact_money() {
+    let (dir, _ledger) = ledger();
+    let csv = usage(dir.path(), &["--by", "user", "--format", "csv"]).unwrap();
+    let lines: Vec<&str> = csv.split("\r\n").collect();
+    assert!(lines[0].starts_with("user,requests,completed,"), "{csv}");
+    assert!(
+        lines[0].ends_with(",cost_nano_usd,unpriced,bytes_in,bytes_out,cost_usd"),
+        "{csv}"
+    );
+    assert!(
+        lines[1].starts_with(",3,3,") && lines[1].ends_with(",4500000003,0,9,12,4.500000003"),
+        "{csv}"
+    );
+    // Nobody knows the price: there is no cost, rather than none.
+    assert!(
+        lines[2].starts_with("\"u,1\",1,0,") && lines[2].ends_with(",0,1,3,4,"),
+        "{csv}"
+    );
+    let records = usage(dir.path(), &["--records", "--format", "csv"]).unwrap();
+    assert_eq!(records.split("\r\n").count(), 6, "{records}");
+    let lines = usage(dir.path(), &["--by", "key", "--format", "jsonl"]).unwrap();
+    assert_eq!(lines.lines().count(), 2);
+    let first: Value = serde_json::from_str(lines.lines().next().unwrap()).unwrap();
+    assert_eq!(
+        (&first["key"], &first["cost_usd"]),
+        (&json!("alice"), &json!("4.500000003"))
+    );
+}
+
+#[test]
+fn the_sums_are_those_of_the_records() {
+    let (dir, ledger) = ledger();
+    let of_records = || {
+        let text = usage(dir.path(), &["--records"]).unwrap();
+        let lines = text
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let mut sums = [0; 4];
+        for line in lines {
+            for (sum, name) in
+                sums.iter_mut()
+                    .zip(["prompt_tokens", "completion_tokens", "cost_nano_usd", "bytes_out"])
+            {
+                *sum += line[name].as_u64().unwrap_or(0);
+            }
+        }
+        sums
+    };
+    let of_sums = || {
+        let text = usage(dir.path(), &["--json"]).unwrap();
+        let json: Value = serde_json::from_str(&text).unwrap();
+        let sum = |name: &str| json["total"][name].as_u64().unwrap();
+        ["prompt_tokens", "completion_tokens", "cost_nano_usd", "bytes_out"].map(sum)
+    };
+    assert_eq!(of_sums(), of_records());
+    ledger.flush().unwrap();
+    assert_eq!(of_sums(), of_records());
 }
 
 #[test]

@@ -4,7 +4,14 @@ use std::net::SocketAddr;
 
 use super::{DAY, MILLISECOND, MINUTE, hint, quote, root, span};
 use crate::config::{
-    Config, defaults::LISTENERS_MAX, load::Report, schema::Listener, tls, tree::Path, units::Bytes,
+    Config,
+    defaults::LISTENERS_MAX,
+    load::Report,
+    parse_endpoint,
+    schema::{ClickHouse, Listener},
+    tls,
+    tree::Path,
+    units::{Bytes, Span},
 };
 
 pub(super) fn listeners(config: &Config, report: &mut Report<'_>) {
@@ -105,10 +112,47 @@ pub(super) fn http(config: &Config, report: &mut Report<'_>) {
 pub(super) fn ledger(config: &Config, report: &mut Report<'_>) {
     let (path, ledger) = (root("ledger"), &config.ledger);
     span(&path.name("sync"), ledger.sync, MILLISECOND, MINUTE, report);
+    if ledger.retention != Span::secs(0) {
+        let path = path.name("retention");
+        span(&path, ledger.retention, DAY, Span::secs(3650 * 86_400), report);
+    }
+    if let Some(export) = &ledger.export {
+        clickhouse(
+            &path.name("export").name("clickhouse"),
+            &export.clickhouse,
+            report,
+        );
+    }
     if ledger.path.exists() && !ledger.path.is_dir() {
         let message = format!("{} is not a directory", ledger.path.display());
         report.error(&path.name("path"), message);
     }
+}
+
+fn clickhouse(path: &Path, server: &ClickHouse, report: &mut Report<'_>) {
+    match parse_endpoint(&server.url) {
+        Ok(url) if url.tls => {
+            let message = "https is not spoken here: reach the server by a tunnel or a proxy on this host";
+            report.error(&path.name("url"), message);
+        }
+        Ok(_) => {}
+        Err(message) => report.error(&path.name("url"), message),
+    }
+    let is_name = |name: &str| {
+        let mut bytes = name.bytes();
+        bytes.next().is_some_and(|b| b.is_ascii_alphabetic() || b == b'_')
+            && bytes.all(|b| b.is_ascii_alphanumeric() || b == b'_')
+    };
+    let mut parts = server.table.split('.');
+    if !(parts.by_ref().take(2).all(is_name) && parts.next().is_none()) {
+        let message = format!(
+            "{} is not a table's name: `table` or `database.table`",
+            quote(&server.table)
+        );
+        report.error(&path.name("table"), message);
+    }
+    let every_min = Span(std::time::Duration::from_millis(100));
+    span(&path.name("every"), server.every, every_min, HOUR, report);
 }
 
 pub(super) fn log(config: &Config, report: &mut Report<'_>) {

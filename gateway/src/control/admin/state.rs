@@ -10,7 +10,7 @@ use super::{
     kernel::{self, Target},
 };
 use crate::{
-    control::{access::Directory, plane::State},
+    control::{access::Directory, cluster, plane::State},
     ledger::Counters,
     net::clock,
     telemetry::{
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// Counters of the ledger: field of its status, metric, help.
-const LEDGER_COUNTERS: [(&str, &str, &str); 5] = [
+const LEDGER_COUNTERS: [(&str, &str, &str); 9] = [
     (
         "records",
         "gateway_ledger_records_total",
@@ -46,6 +46,26 @@ const LEDGER_COUNTERS: [(&str, &str, &str); 5] = [
         "io_errors",
         "gateway_ledger_io_errors_total",
         "Failed operations on the ledger's files.",
+    ),
+    (
+        "rewritten",
+        "gateway_ledger_rewritten_segments_total",
+        "Journal segments that could not be synced and were written anew.",
+    ),
+    (
+        "exported",
+        "gateway_export_records_total",
+        "Records delivered to the export's server, repetitions included.",
+    ),
+    (
+        "export_failures",
+        "gateway_export_failures_total",
+        "Deliveries to the export's server that failed and are tried again.",
+    ),
+    (
+        "export_lost_segments",
+        "gateway_export_lost_segments_total",
+        "Journal segments removed before they were delivered.",
     ),
 ];
 
@@ -126,8 +146,16 @@ fn write_state(status: &Value, figures: &Value, out: &mut Exposition) {
         .value(generation);
     }
     kernel::write(figures, out);
+    cluster::write_metrics(&status["store"], out);
     let ledger = &status["ledger"];
     write_counters(&LEDGER_COUNTERS, ledger, out);
+    if let Some(bytes) = ledger["export_behind_bytes"].as_u64() {
+        out.gauge(
+            "gateway_export_behind_bytes",
+            "Journal bytes that are not delivered to the export's server yet.",
+        )
+        .value(bytes);
+    }
     if let Some(bytes) = ledger["unsynced_bytes"].as_u64() {
         out.gauge(
             "gateway_ledger_unsynced_bytes",
@@ -159,6 +187,21 @@ fn write_models(totals: &[(String, String, Counters)], out: &mut Exposition) {
             &[("key", key), ("model", model), ("type", "output")],
             counters.completion_tokens,
         );
+    }
+    let mut cost = out.counter(
+        "gateway_model_cost_usd_total",
+        "Cost recorded, US dollars, by key and model, as far as prices are known.",
+    );
+    for (key, model, counters) in totals {
+        let dollars = prometheus::dollars(counters.cost_nano_usd);
+        cost.sample(&[("key", key), ("model", model)], dollars);
+    }
+    let mut unpriced = out.counter(
+        "gateway_model_unpriced_total",
+        "Requests recorded whose price is not known, by key and model.",
+    );
+    for (key, model, counters) in totals.iter().filter(|(.., counters)| counters.unpriced > 0) {
+        unpriced.sample(&[("key", key), ("model", model)], counters.unpriced);
     }
 }
 

@@ -6,7 +6,7 @@ use super::{
     super::{JOURNAL, make_directory, read, record::tests::numbered},
     *,
 };
-use crate::config::units::Bytes;
+use crate::config::units::{Bytes, Span};
 
 /// A ledger without its thread. Dropping it is a crash: nothing is folded or synced.
 fn open(state: &Path) -> anyhow::Result<(Worker, Journal)> {
@@ -15,6 +15,8 @@ fn open(state: &Path) -> anyhow::Result<(Worker, Journal)> {
     let config = schema::Ledger {
         path: state.into(),
         keep: Bytes(64 << 20),
+        // The tests' records are of a day long ago.
+        retention: Span::secs(0),
         ..schema::Ledger::default()
     };
     let lock = File::create(state.join("lock"))?;
@@ -191,4 +193,68 @@ fn trouble_is_shown_while_it_lasts() {
     worker.store.fail_before_commit = false;
     worker.turn(start + 2 * RETRY_AFTER);
     assert_eq!(shown(), (None, true, 2));
+}
+
+#[test]
+fn a_sync_that_failed_is_not_believed_when_it_succeeds_and_the_segment_is_written_anew() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (mut worker, mut journal) = open(dir.path()).unwrap();
+    worker.refill().unwrap();
+    append(&mut journal, 0..10);
+    worker.sync().unwrap();
+    append(&mut journal, 10..20);
+    let path = worker.lanes[0].live[0].path.clone();
+    let inode = |path: &Path| fs::metadata(path).unwrap().ino();
+    let before = inode(&path);
+    worker.fail_next_sync = true;
+    worker.turn(Instant::now());
+    assert!(worker.public.lock_status().trouble.is_some());
+    // The core still writes to the file that failed; nothing of that is called synced.
+    append(&mut journal, 20..30);
+    worker.sync().unwrap_err();
+    assert_eq!(worker.public.lock_status().rewritten, 0);
+    journal.turn();
+    append(&mut journal, 30..40);
+    worker.turn(Instant::now() + Duration::from_secs(1));
+    assert_eq!(worker.public.lock_status().rewritten, 1);
+    assert_ne!(inode(&path), before);
+    assert_eq!(worker.public.lock_status().trouble, None);
+    // Once is enough: the next segment is not left.
+    journal.turn();
+    worker.turn(Instant::now() + Duration::from_secs(2));
+    assert_eq!(summed(&worker.store), (40, (0..40).sum()));
+    assert_eq!(read::records(dir.path()).count(), 40);
+    // A crash: what is on the disk is all there, once.
+    drop((worker, journal));
+    let (worker, _journal) = open(dir.path()).unwrap();
+    assert_eq!(summed(&worker.store), (40, (0..40).sum()));
+    assert_eq!(worker.public.lock_status().torn, 0);
+}
+
+#[test]
+fn a_clock_that_goes_back_or_far_ahead_costs_no_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut worker, mut journal) = open(dir.path()).unwrap();
+    for (number, time) in [
+        (1, 1_760_000_000_000),
+        (2, 1_000),
+        (3, u64::MAX),
+        (4, 1_760_000_000_001),
+    ] {
+        let mut record = numbered(number);
+        record.time_unix_ms = time;
+        journal.append(&record).unwrap();
+    }
+    worker.fold().unwrap();
+    assert_eq!(summed(&worker.store), (4, 10));
+    worker.retention_days = Some(400);
+    // A clock that is a thousand years ahead for one moment takes one day, not all.
+    worker
+        .forget(1_760_000_000_000 + 1000 * 365 * 86_400_000)
+        .unwrap();
+    assert_eq!(summed(&worker.store).0, 3);
+    // A clock that went back takes nothing.
+    worker.forget(5).unwrap();
+    assert_eq!(summed(&worker.store).0, 3);
 }

@@ -9,12 +9,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Failure, Terms, cut::Cut, left};
+use super::{Failure, Terms, cut::Cut, drain, left};
 use crate::{
     bounds::SCRATCH_BYTES,
     config::schema::OnExhausted,
     core::Core,
-    dialect::{Api, Usage, meter::Meter},
+    dialect::{Api, Finish, Usage, meter::Meter},
     error::{Dialect, Error, Kind},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, frame_in_place, write_chunk_head},
@@ -51,17 +51,19 @@ const REST: Duration = Duration::from_millis(1);
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
-    core: Rc<Core>,
-    upstream: Upstream,
-    account: Account,
-    meter: Meter,
-    terms: Terms,
+    pub(super) core: Rc<Core>,
+    pub(super) upstream: Upstream,
+    pub(super) account: Account,
+    pub(super) meter: Meter,
+    pub(super) terms: Terms,
     /// The client understands chunks; otherwise the connection's end is the stream's.
     chunked: bool,
     /// What the client's socket did not take.
     unsent: Vec<u8>,
     /// Something came behind the answer's end.
     left_over: bool,
+    /// The client is gone, and the rest is to be read for the books.
+    drains: bool,
     /// The connection's end came within an event of which the client has a part.
     cut_mid_event: bool,
     /// Waits in a row that were over at once.
@@ -99,7 +101,8 @@ impl Stream {
         let mut meter = Meter::new(terms.api, terms.hide_usage);
         let allowed = account.output_allowed();
         if allowed < u64::MAX {
-            meter.bound(allowed, account.output_is_explicit());
+            let calibration = account.calibration().unwrap_or_default();
+            meter.bound(allowed, account.output_is_explicit(), calibration);
         }
         Stream {
             core: core.clone(),
@@ -110,6 +113,7 @@ impl Stream {
             terms,
             unsent: Vec::new(),
             left_over: false,
+            drains: false,
             cut_mid_event: false,
             ready_in_a_row: 0,
             last_ns: clock::monotonic_ns(),
@@ -123,6 +127,10 @@ impl Stream {
         core.telemetry.counters().streams_opened.inc();
         let (next, upstream_is_whole) = self.relay(client).await;
         core.telemetry.counters().streams_closed.inc();
+        if self.drains {
+            drain::detach(self);
+            return next;
+        }
         if upstream_is_whole {
             let Stream {
                 upstream, left_over, ..
@@ -338,19 +346,13 @@ impl Stream {
                 error_event(self.terms.api, &error)
             }
             OnExhausted::Finish => {
-                let told = &self.meter.seen;
-                let usage = Usage {
-                    prompt: self.account.input_estimated(),
-                    completion: told.tokens_estimated(),
-                    ..Usage::default()
-                };
                 let (id, unix_ms) = self.account.id();
                 let cut = Cut {
                     api: self.terms.api,
                     exhausted,
                     opening: self.meter.opening(),
                     sent,
-                    usage: told.usage.unwrap_or(usage),
+                    usage: self.usage().0,
                     tell_usage: !self.terms.hide_usage,
                     choices: self.terms.choices,
                     id: &id,
@@ -363,6 +365,10 @@ impl Stream {
         self.account
             .sent(self.meter.ready().len() + kept.len() + end.len());
         self.account.cut();
+        self.meter.seen.finish = match exhausted.on_exhausted {
+            OnExhausted::Finish => Finish::Length,
+            OnExhausted::Error => Finish::Error,
+        };
         self.settle(Outcome::Complete);
         match self.send(client, scratch, kept, &end, true) {
             true => Came::Cut,
@@ -527,18 +533,34 @@ impl Stream {
     }
 
     /// Closes the account with what the stream has told, or with an estimate of what was delivered.
-    fn settle(&mut self, outcome: Outcome) {
+    pub(super) fn settle(&mut self, outcome: Outcome) {
+        let (usage, estimated) = self.usage();
         let seen = &self.meter.seen;
-        let estimate = || Usage {
+        self.account.finish(seen.finish);
+        self.account.text(seen.text_bytes());
+        self.account.settle(outcome, usage, estimated);
+    }
+
+    /// What the stream has told of its usage, or else an estimate of what was delivered, and whether it is one.
+    fn usage(&self) -> (Usage, bool) {
+        let seen = &self.meter.seen;
+        if let Some(usage) = seen.usage {
+            return (usage, false);
+        }
+        let calibration = self.account.calibration().unwrap_or_default();
+        let usage = Usage {
             prompt: self.account.input_estimated(),
-            completion: seen.tokens_estimated(),
+            completion: seen.tokens_estimated(&calibration),
             ..Usage::default()
         };
-        let usage = seen.usage.unwrap_or_else(estimate);
-        self.account.settle(outcome, usage, seen.usage.is_none());
+        (usage, true)
     }
 
     fn client_gone(&mut self) -> Next {
+        if self.account.drains() && !self.account.is_settled() {
+            self.drains = true;
+            return Next::Gone;
+        }
         self.settle(Outcome::ClientGone);
         Next::Gone
     }

@@ -3,17 +3,21 @@
 
 use std::rc::Rc;
 
-use super::{Failure, Terms, finish, left};
+use super::{Failure, Terms, drain, finish, left};
 use crate::{
     bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
     core::{Core, Share},
-    dialect::{Api, Usage, usage},
+    dialect::{
+        Api, Usage,
+        meter::{finish_of, text_bytes},
+        usage,
+    },
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
         head::Version,
     },
     ledger::record::Outcome,
-    net::{Either, clock, race},
+    net::{Either, clock, race, runtime::spawn},
     serve::{
         account::Account,
         answer::{self, Framing},
@@ -25,9 +29,6 @@ use crate::{
 
 /// How much of a long answer's end is kept to find its usage in.
 const TAIL_BYTES: usize = 64 * 1024;
-
-/// Bytes of an answer that make a token, where the provider tells none (as for requests).
-const BYTES_PER_TOKEN: u64 = 4;
 
 /// A body on its way from the upstream.
 struct Collected {
@@ -74,6 +75,12 @@ pub async fn run(
     match received {
         Ok(()) => {}
         Err(Ended::Failed(failure)) => return fail(client, core, failure, account, &terms).await,
+        Err(Ended::ClientGone) if account.drains() && !body.done => {
+            // The client's connection is free at once.
+            let core = core.clone();
+            spawn(async move { drain::rest(&core, upstream, &mut account, body.bytes).await });
+            return Next::Gone;
+        }
         Err(Ended::ClientGone) => return client_gone(account),
     }
     account.first_byte(clock::monotonic_ns());
@@ -85,6 +92,7 @@ pub async fn run(
         &mut account,
         upstream.head.status,
         usage_of(&upstream, &body.bytes, &terms),
+        &body.bytes,
         body.bytes.len(),
     );
     let framing = Framing::Length(body.bytes.len());
@@ -176,12 +184,20 @@ fn usage_of(upstream: &Upstream, body: &[u8], terms: &Terms) -> Option<Usage> {
     }
 }
 
-fn settle(account: &mut Account, status: u16, usage: Option<Usage>, body_bytes: usize) {
+/// Closes the account of a whole answer of `body_bytes`, of which `text` was kept.
+fn settle(account: &mut Account, status: u16, usage: Option<Usage>, text: &[u8], body_bytes: usize) {
     let outcome = if status >= 500 {
         Outcome::UpstreamFailed
     } else {
         Outcome::Complete
     };
+    if status == 200 {
+        account.finish(finish_of(&text[text.len().saturating_sub(TAIL_BYTES)..]));
+        // Only a part of a long answer was kept.
+        if text.len() == body_bytes && text.len() <= TAIL_BYTES {
+            account.text(text_bytes(account.api(), text) as u64);
+        }
+    }
     let estimated = usage.is_none();
     let usage = usage.unwrap_or_else(|| estimate(account, body_bytes));
     account.settle(outcome, usage, estimated);
@@ -247,6 +263,7 @@ async fn relay_long(
                 &mut account,
                 upstream.head.status,
                 usage::find_in_tail(&tail),
+                &tail,
                 total,
             );
         }
@@ -329,7 +346,10 @@ fn settle_cut(account: &mut Account, outcome: Outcome, body_bytes: usize) {
 fn estimate(account: &Account, body_bytes: usize) -> Usage {
     let completion = match account.api() {
         Api::Embeddings => 0,
-        _ => body_bytes as u64 / BYTES_PER_TOKEN,
+        _ => account
+            .calibration()
+            .unwrap_or_default()
+            .output_tokens(body_bytes as u64),
     };
     Usage {
         prompt: account.input_estimated(),

@@ -1,0 +1,231 @@
+//! One shared level as the store keeps it: who used what, who holds a lease.
+//!
+//! The store runs `lease.lua`. The same in Rust grants leases while the store is gone, and is what the property tests
+//! judge by.
+//!
+//! What may be granted is `amount - used - leases of all hosts that are alive`. Use is counted when it is reported, and until
+//! then the lease covers it. So units are in one of the two as long as their host lives, and the sum is never above the
+//! amount. A host that falls silent loses its lease with its expiry: what it used and had not reported by then is the
+//! overshoot.
+
+use std::collections::HashMap;
+
+use crate::quota::lease::Kind;
+
+/// Parts of a sliding window.
+const SLOTS: u64 = 16;
+
+/// What a host tells of one level. Counts are cumulative, see [`crate::quota::lease`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Report {
+    /// The level's identity.
+    pub id: u64,
+    /// Host, process and instance of the level in it: what `spent` belongs to.
+    pub host: String,
+    pub kind: Kind,
+    pub amount: u64,
+    /// Grows with each report: a late one is told by it.
+    pub seq: u64,
+    pub spent: u64,
+    /// Where `spent` stood when that began which still counts: all since then is new to a store that lost the level.
+    pub from_start: u64,
+    /// Where `spent` stood when the store last answered: what is new to a store that only forgot this host.
+    pub from_known: u64,
+    /// The level's [`Answer::birth`], which tells the one from the other; 0: none is known.
+    pub birth: u64,
+    /// Units of the lease that stay here beside `spent`.
+    pub kept: u64,
+    /// Units wanted on top.
+    pub wanted: u64,
+    /// Units of them without which the next request cannot run.
+    pub needed: u64,
+}
+
+/// What the store says.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Answer {
+    /// False: it had heard a later report already.
+    pub accepted: bool,
+    /// The lease: units beside the `spent` of the report.
+    pub out: u64,
+    /// Units that no host has.
+    pub free: u64,
+    /// Units used by all hosts.
+    pub used: u64,
+    /// Hosts that hold a lease of it, this one among them.
+    pub hosts: u64,
+    /// Until the level is unused, microseconds; 0 where it does not come with time.
+    pub reset_us: u64,
+    /// When the store began the level, microseconds: another after it lost its data.
+    pub birth: u64,
+}
+
+/// How long leases and records last, microseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Times {
+    pub lease_us: u64,
+    pub keep_us: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Record {
+    seq: u64,
+    spent: u64,
+    out: u64,
+    expiry_us: u64,
+}
+
+/// See the module.
+#[derive(Debug, Clone, Default)]
+pub struct Level {
+    used: f64,
+    seen_us: u64,
+    slots: HashMap<u64, u64>,
+    hosts: HashMap<String, Record>,
+    ends_unix_ms: u64,
+    birth: u64,
+}
+
+impl Level {
+    /// Takes a report in and grants.
+    pub fn report(&mut self, report: &Report, times: Times, now_us: u64) -> Answer {
+        if self.birth == 0 {
+            self.birth = now_us;
+        }
+        let me = self.hosts.remove(&report.host);
+        self.hosts
+            .retain(|_, host| host.expiry_us + times.keep_us >= now_us);
+        let alive = || self.hosts.values().filter(|host| host.expiry_us > now_us);
+        let hosts = 1 + alive().count() as u64;
+        let others: u64 = alive().map(|host| host.out).sum();
+        self.age(report, now_us);
+        if let Some(me) = &me
+            && report.seq < me.seq
+        {
+            self.hosts.insert(report.host.clone(), me.clone());
+            return Answer {
+                hosts,
+                birth: self.birth,
+                ..Answer::default()
+            };
+        }
+        self.count(report, me.as_ref(), now_us);
+
+        let free = (report.amount as f64 - self.used - others as f64 - report.kept as f64).floor();
+        let free = free.max(0.0) as u64;
+        let extra = match report.wanted {
+            0 => 0,
+            wanted => wanted.min((free / (2 * hosts)).max(report.needed.min(free))),
+        };
+        let record = Record {
+            seq: report.seq,
+            spent: report.spent,
+            out: report.kept + extra,
+            expiry_us: now_us + times.lease_us,
+        };
+        let out = record.out;
+        self.hosts.insert(report.host.clone(), record);
+        Answer {
+            accepted: true,
+            out,
+            free: free - extra,
+            used: self.used as u64,
+            hosts,
+            reset_us: self.reset_us(report),
+            birth: self.birth,
+        }
+    }
+
+    /// Gives back what time has.
+    fn age(&mut self, report: &Report, now_us: u64) {
+        match report.kind {
+            Kind::Bucket { window_ns } => {
+                let passed_us = now_us.saturating_sub(self.seen_us) as f64;
+                let earned = passed_us * report.amount as f64 / (window_ns / 1_000).max(1) as f64;
+                self.used = (self.used - earned).max(0.0);
+            }
+            Kind::Sliding { window_ns } => {
+                let slot = slot(window_ns, now_us);
+                self.slots.retain(|n, _| *n + SLOTS >= slot);
+                self.used = self.slots.values().sum::<u64>() as f64;
+            }
+            // A new period begins when the old one has ended by the store's clock. Debt goes along.
+            Kind::Period { end_unix_ms } => {
+                if end_unix_ms > self.ends_unix_ms && self.ends_unix_ms <= now_us / 1_000 + 1_000 {
+                    if self.ends_unix_ms > 0 {
+                        self.used = (self.used - report.amount as f64).max(0.0);
+                    }
+                    self.ends_unix_ms = end_unix_ms;
+                }
+            }
+            Kind::Credit | Kind::Parallel => {}
+        }
+        self.seen_us = now_us;
+    }
+
+    /// Counts what the report says was used since the last one.
+    fn count(&mut self, report: &Report, me: Option<&Record>, now_us: u64) {
+        let before = match me {
+            Some(me) => me.spent,
+            None if self.birth == report.birth => report.from_start.max(report.from_known),
+            None => report.from_start,
+        };
+        let more = report.spent as f64 - before as f64;
+        self.used = (self.used + more).max(0.0);
+        if let Kind::Sliding { window_ns } = report.kind {
+            let units = self.slots.entry(slot(window_ns, now_us)).or_default();
+            *units = (*units as f64 + more).max(0.0) as u64;
+        }
+    }
+
+    fn reset_us(&self, report: &Report) -> u64 {
+        match report.kind {
+            Kind::Bucket { window_ns } => {
+                (self.used * (window_ns / 1_000) as f64 / report.amount.max(1) as f64) as u64
+            }
+            Kind::Sliding { window_ns } if self.used > 0.0 => window_ns / 1_000,
+            _ => 0,
+        }
+    }
+
+    /// Goes on from a store's answer with a part of what was used: for the time without the store.
+    pub fn going_on(answer: &Answer, used: u64, kind: Kind, now_us: u64) -> Level {
+        let slots = match kind {
+            Kind::Sliding { window_ns } => HashMap::from([(slot(window_ns, now_us), used)]),
+            _ => HashMap::new(),
+        };
+        Level {
+            used: used as f64,
+            seen_us: now_us,
+            slots,
+            hosts: HashMap::new(),
+            ends_unix_ms: 0,
+            birth: answer.birth,
+        }
+    }
+}
+
+#[cfg(test)]
+impl Level {
+    /// What a host has told to have used.
+    pub fn reported_by(&self, host: &str) -> Option<u64> {
+        self.hosts.get(host).map(|record| record.spent)
+    }
+
+    /// A host's lease and when it ends, microseconds.
+    pub fn lease_of(&self, host: &str) -> Option<(u64, u64)> {
+        self.hosts.get(host).map(|record| (record.out, record.expiry_us))
+    }
+
+    pub fn used(&self) -> u64 {
+        self.used as u64
+    }
+
+    pub fn forget_hosts(&mut self) {
+        self.hosts.clear();
+    }
+}
+
+fn slot(window_ns: u64, now_us: u64) -> u64 {
+    (u128::from(now_us) * u128::from(SLOTS) / u128::from((window_ns / 1_000).max(1))) as u64
+}

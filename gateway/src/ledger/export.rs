@@ -1,0 +1,456 @@
+//! Continuous delivery of records to a ClickHouse server, over its HTTP interface.
+//!
+//! A thread of its own reads what is folded from the journal's segments, sends it in batches, and then notes how far it is
+//! in `export.json`. A batch whose answer is lost is sent again: each record comes at least once, and its time and id,
+//! which the table is sorted by, tell duplicates, which ClickHouse's ReplacingMergeTree merges away. The data plane knows
+//! nothing of it; while the server is gone, segments are kept for it up to `backlog`.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{FileExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, mpsc},
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    JOURNAL, Public,
+    line::Line,
+    segment::{self, FRAMES_AT, Found, Header, Name},
+};
+use crate::{
+    bounds::{RECORD_BYTES_MAX, SEGMENT_BYTES},
+    config::{schema::ClickHouse, units::Secret},
+};
+
+/// Name of the file in the state directory that says how far the export is.
+const POSITION: &str = "export.json";
+
+/// Bytes of a segment read at a time: some thousand records.
+const READ_BYTES: usize = 256 * 1024;
+
+/// Bytes of one insert, JSON. The batch ends at this or at its number of records.
+const INSERT_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A server that merges may take its time; a batch is sent again when it takes longer.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Pauses after failures: doubled from the first to the last.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+const RETRY_LAST: Duration = Duration::from_secs(60);
+
+/// How far a core's records are delivered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reached {
+    /// The segment that comes next, or in part already is, delivered.
+    pub seq: u64,
+    /// Bytes of it that are.
+    pub at: usize,
+}
+
+/// The thread that delivers. Dropping it ends it, after the batch that is on its way.
+#[derive(Debug)]
+pub struct Exporter {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Exporter {
+    /// Starts delivering what is in the journal and was not delivered before.
+    pub fn start(config: &ClickHouse, state: &Path, public: Arc<Public>) -> anyhow::Result<Exporter> {
+        let mut delivery = Delivery::new(config, state, public)?;
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::Builder::new()
+            .name("export".into())
+            .spawn(move || delivery.run(&stopped))
+            .context("cannot start the export's thread")?;
+        Ok(Exporter {
+            stop: Some(stop),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Exporter {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What `export.json` holds.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Position {
+    /// Where records went: another place begins from the start.
+    target: String,
+    cores: BTreeMap<u32, Reached>,
+}
+
+/// The thread's state.
+struct Delivery {
+    server: Server,
+    every: Duration,
+    records_max: usize,
+    journal: PathBuf,
+    file: PathBuf,
+    position: Position,
+    public: Arc<Public>,
+    table_is_there: bool,
+}
+
+/// Records put together for one insert, and where the cores are when it is delivered.
+#[derive(Default)]
+struct Batch {
+    json: Vec<u8>,
+    records: usize,
+    reached: BTreeMap<u32, Reached>,
+}
+
+impl Delivery {
+    fn new(config: &ClickHouse, state: &Path, public: Arc<Public>) -> anyhow::Result<Delivery> {
+        let server = Server::new(config);
+        let file = state.join(POSITION);
+        let target = format!("{} {}", config.url, config.table);
+        let mut position = read_position(&file)?;
+        if position.target != target {
+            position = Position {
+                target,
+                ..Position::default()
+            };
+        }
+        *public.exported() = position.cores.clone();
+        Ok(Delivery {
+            server,
+            every: config.every.0,
+            records_max: config.batch as usize,
+            journal: state.join(JOURNAL),
+            file,
+            position,
+            public,
+            table_is_there: !config.create,
+        })
+    }
+
+    /// Delivers until it is told to stop.
+    fn run(&mut self, stopped: &mpsc::Receiver<()>) {
+        let mut pause = self.every;
+        while let Err(mpsc::RecvTimeoutError::Timeout) = stopped.recv_timeout(pause) {
+            pause = match self.deliver_some() {
+                // There may be more.
+                Ok(records) if records >= self.records_max => Duration::ZERO,
+                Ok(_) => self.every,
+                Err(error) => {
+                    self.failed(&error);
+                    (pause * 2).clamp(RETRY_FIRST, RETRY_LAST)
+                }
+            };
+            self.show();
+        }
+    }
+
+    /// Sends one batch; returns its number of records.
+    fn deliver_some(&mut self) -> anyhow::Result<usize> {
+        let batch = self.gather()?;
+        if batch.records == 0 {
+            if !batch.reached.is_empty() {
+                self.reached(batch.reached)?;
+            }
+            return Ok(0);
+        }
+        if !self.table_is_there {
+            self.server.create_table().context("cannot make the table")?;
+            self.table_is_there = true;
+        }
+        self.server.insert(&batch.json)?;
+        let mut status = self.public.lock_status();
+        status.exported += batch.records as u64;
+        if status.export_trouble.take().is_some() {
+            tracing::info!("records are exported again");
+        }
+        drop(status);
+        self.reached(batch.reached)?;
+        Ok(batch.records)
+    }
+
+    /// Puts together what is folded and not delivered, core by core, up to the size of a batch.
+    fn gather(&self) -> anyhow::Result<Batch> {
+        let readable = self.public.readable().clone();
+        let mut batch = Batch::default();
+        for (name, folded) in readable {
+            if batch.is_full(self.records_max) {
+                break;
+            }
+            let reached = batch
+                .reached
+                .get(&name.core)
+                .or(self.position.cores.get(&name.core));
+            let reached = reached.copied().unwrap_or_default();
+            let from = match name.seq.cmp(&reached.seq) {
+                std::cmp::Ordering::Less => continue,
+                std::cmp::Ordering::Equal => reached.at,
+                std::cmp::Ordering::Greater => 0,
+            };
+            if from >= folded {
+                continue;
+            }
+            let at = self.read(name, from, folded, &mut batch)?;
+            batch.reached.insert(name.core, Reached { seq: name.seq, at });
+        }
+        Ok(batch)
+    }
+
+    /// Adds the records of a segment between two places to a batch, until that is full; returns how far it came.
+    fn read(&self, name: Name, from: usize, folded: usize, batch: &mut Batch) -> anyhow::Result<usize> {
+        let path = self.journal.join(name.file());
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // Removed since: it was full of what is delivered, or is counted as lost.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(folded),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
+        };
+        let read = |bytes: &mut [u8], at: usize| -> io::Result<usize> {
+            let mut done = 0;
+            while done < bytes.len() {
+                match file.read_at(&mut bytes[done..], (at + done) as u64)? {
+                    0 => break,
+                    n => done += n,
+                }
+            }
+            Ok(done)
+        };
+        let end = folded.min(SEGMENT_BYTES);
+        let mut bytes = vec![0; end.max(FRAMES_AT)];
+        read(&mut bytes[..FRAMES_AT], 0)?;
+        let Some(header) = Header::decode(&bytes).filter(|header| header.name == name) else {
+            return Ok(folded);
+        };
+        let mut at = from.max(FRAMES_AT);
+        while at < end {
+            let upto = (at + READ_BYTES).min(end);
+            let got =
+                read(&mut bytes[at..upto], at).with_context(|| format!("cannot read {}", path.display()))?;
+            let known = &bytes[..at + got];
+            // A record may be cut by the end of what was read; the next read begins with it.
+            let whole = if upto < end { upto - RECORD_BYTES_MAX } else { upto };
+            let begun = at;
+            while at < whole {
+                if batch.is_full(self.records_max) {
+                    return Ok(at);
+                }
+                match segment::next(known, header.id, &mut at) {
+                    Some(Found::Record(record)) => {
+                        batch.records += 1;
+                        Line::of(&record).write_json(&mut batch.json)?;
+                    }
+                    // Damage is reported by who folds it. What follows it may be cut by the end of what was read.
+                    Some(Found::Torn { offset }) if at >= known.len() && upto < end => {
+                        at = whole.max(offset + 64);
+                    }
+                    Some(Found::Torn { .. }) => {}
+                    None => at = whole.max(begun + 64),
+                }
+            }
+            if got == 0 {
+                break;
+            }
+        }
+        Ok(folded)
+    }
+
+    /// Notes how far the cores are: first on the disk, then for who removes segments.
+    fn reached(&mut self, reached: BTreeMap<u32, Reached>) -> anyhow::Result<()> {
+        self.position.cores.extend(reached);
+        write_position(&self.file, &self.position)
+            .with_context(|| format!("cannot write {}", self.file.display()))?;
+        *self.public.exported() = self.position.cores.clone();
+        Ok(())
+    }
+
+    fn failed(&self, error: &anyhow::Error) {
+        let text = format!("{error:#}");
+        let mut status = self.public.lock_status();
+        status.export_failures += 1;
+        // The pauses between attempts are long enough for a line each.
+        tracing::error!(error = text, "records cannot be exported; trying again");
+        status.export_trouble = Some(text);
+    }
+
+    /// Updates what others see.
+    fn show(&self) {
+        let behind = |(name, folded): (&Name, &usize)| {
+            let reached = self.position.cores.get(&name.core).copied().unwrap_or_default();
+            match name.seq.cmp(&reached.seq) {
+                std::cmp::Ordering::Less => 0,
+                std::cmp::Ordering::Equal => folded.saturating_sub(reached.at) as u64,
+                std::cmp::Ordering::Greater => *folded as u64,
+            }
+        };
+        let bytes = self.public.readable().iter().map(behind).sum();
+        self.public.lock_status().export_behind_bytes = bytes;
+    }
+}
+
+impl Batch {
+    fn is_full(&self, records_max: usize) -> bool {
+        self.records >= records_max || self.json.len() >= INSERT_BYTES_MAX
+    }
+}
+
+fn read_position(file: &Path) -> anyhow::Result<Position> {
+    let text = match fs::read(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Position::default()),
+        Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
+    };
+    serde_json::from_slice(&text).with_context(|| {
+        let file = file.display();
+        format!("{file} is damaged (removed, the export begins anew with the oldest record that is kept)")
+    })
+}
+
+/// Whole or not at all, also when the power is cut.
+fn write_position(file: &Path, position: &Position) -> anyhow::Result<()> {
+    let unfinished = file.with_extension("json.new");
+    let mut out = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&unfinished)?;
+    out.write_all(&serde_json::to_vec(position)?)?;
+    out.sync_all()?;
+    fs::rename(&unfinished, file)?;
+    Ok(())
+}
+
+/// The server's HTTP interface (clickhouse.com/docs/interfaces/http).
+struct Server {
+    agent: ureq::Agent,
+    url: String,
+    table: String,
+    user: Option<String>,
+    password: Option<Secret>,
+}
+
+impl Server {
+    fn new(config: &ClickHouse) -> Server {
+        let agent = ureq::Agent::config_builder()
+            .timeout_connect(Some(CONNECT_TIMEOUT))
+            .timeout_global(Some(ANSWER_TIMEOUT))
+            .http_status_as_error(false)
+            .build();
+        Server {
+            agent: agent.into(),
+            url: config.url.trim_end_matches('/').to_owned(),
+            table: config.table.clone(),
+            user: config.user.clone(),
+            password: config.password.clone(),
+        }
+    }
+
+    fn create_table(&self) -> anyhow::Result<()> {
+        self.post(&[], create_table(&self.table).as_bytes())
+    }
+
+    fn insert(&self, json: &[u8]) -> anyhow::Result<()> {
+        let query = format!("INSERT INTO {} FORMAT JSONEachRow", self.table);
+        let settings = [
+            ("query", query.as_str()),
+            // A table that the operator made may have fewer columns.
+            ("input_format_skip_unknown_fields", "1"),
+            ("date_time_input_format", "best_effort"),
+        ];
+        self.post(&settings, json)
+    }
+
+    fn post(&self, query: &[(&str, &str)], body: &[u8]) -> anyhow::Result<()> {
+        let mut request = self.agent.post(format!("{}/", self.url));
+        for (name, value) in query {
+            request = request.query(name, value);
+        }
+        if let Some(user) = &self.user {
+            request = request.header("x-clickhouse-user", user);
+        }
+        if let Some(password) = &self.password {
+            request = request.header("x-clickhouse-key", password.expose());
+        }
+        let mut answer = request
+            .send(body)
+            .map_err(|error| anyhow::anyhow!("{}: {error}", self.url))?;
+        let status = answer.status();
+        let text = answer
+            .body_mut()
+            .with_config()
+            .limit(2048)
+            .lossy_utf8(true)
+            .read_to_string();
+        if !status.is_success() {
+            let text = text.unwrap_or_default();
+            let first = text.lines().next().unwrap_or_default();
+            bail!("{} answers {status}: {first}", self.url);
+        }
+        Ok(())
+    }
+}
+
+/// The statement that makes the table. Duplicates have the same time and id: `SELECT … FINAL` leaves them out.
+pub fn create_table(table: &str) -> String {
+    const NAMES: [&str; 10] = [
+        "key",
+        "team",
+        "organization",
+        "model",
+        "provider",
+        "upstream_model",
+        "endpoint",
+        "api",
+        "outcome",
+        "finish_reason",
+    ];
+    const FLAGS: [&str; 9] = [
+        "stream",
+        "estimated",
+        "retried",
+        "fallback",
+        "cut",
+        "upstream_error",
+        "cache_hit",
+        "drained",
+        "clamped",
+    ];
+    const NUMBERS: [&str; 10] = [
+        "prompt_tokens",
+        "cached_tokens",
+        "cache_write_5m_tokens",
+        "cache_write_1h_tokens",
+        "completion_tokens",
+        "reasoning_tokens",
+        "ttft_us",
+        "duration_us",
+        "bytes_in",
+        "bytes_out",
+    ];
+    let columns = |names: &[&str], kind: &str| -> String {
+        names.iter().map(|name| format!("    {name} {kind},\n")).collect()
+    };
+    format!(
+        "CREATE TABLE IF NOT EXISTS {table} (\n    time DateTime64(3, 'UTC'),\n    id String,\n    user String,\n    \
+         tags String,\n    tier LowCardinality(String),\n{}{}{}    status UInt16,\n    attempts UInt8,\n    \
+         fallback_index UInt8,\n    cost_nano_usd Nullable(UInt64)\n) ENGINE = ReplacingMergeTree ORDER BY (time, id)",
+        columns(&NAMES, "LowCardinality(String)"),
+        columns(&FLAGS, "Bool"),
+        columns(&NUMBERS, "UInt64"),
+    )
+}
+
+#[cfg(test)]
+mod tests;

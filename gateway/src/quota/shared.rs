@@ -1,0 +1,115 @@
+//! Levels that several hosts share, as reservations use them: what is taken here is taken from this host's lease too.
+//!
+//! The host's own level stays beside it: it goes over restarts, and is what the host knows without the store.
+
+use std::sync::Arc;
+
+use super::{
+    lease::{Kind, LeaseStanding, Leased},
+    leases::Directory,
+    levels::{Moment, Query, Refused},
+    window::{Standing, Window},
+};
+use crate::net::clock;
+
+/// Units that were taken from a lease.
+#[derive(Debug, Clone)]
+pub struct Lease {
+    level: Arc<Leased>,
+    /// When time alone will have given a bucket's units back.
+    until_ns: u64,
+}
+
+/// Takes `units` from this host's lease at once or not at all; a rule that only counts always takes.
+///
+/// # Errors
+/// The lease does not suffice, or has run out; or there is no place for another level.
+pub fn reserve(
+    directory: &Directory,
+    query: &Query<'_>,
+    units: u64,
+    now: Moment,
+) -> Result<(Lease, Standing), Refused> {
+    let now_ns = clock::monotonic_ns();
+    let level = find_or_make(directory, query, now, now_ns)?;
+    let standing = match query.hard {
+        true => level.reserve(units, now_ns).map_err(|refused| {
+            directory.hurry();
+            refusal(&refused, units, directory.is_closed())
+        })?,
+        false => level.take_anyway(units, now_ns),
+    };
+    let until_ns = now_ns + standing.reset_ns;
+    Ok((Lease { level, until_ns }, of(&standing)))
+}
+
+/// Trues up what was taken from a lease: `used` of the `reserved` units.
+pub fn settle(lease: &Lease, reserved: u64, used: u64) {
+    lease
+        .level
+        .settle(reserved, used, lease.until_ns, clock::monotonic_ns());
+}
+
+/// Takes what was used beyond a reservation, although there may be no room: it is debt.
+pub fn charge(directory: &Directory, query: &Query<'_>, units: u64, now: Moment) {
+    let now_ns = clock::monotonic_ns();
+    // Without a place it cannot be counted; the host's own level has it.
+    if let Ok(level) = find_or_make(directory, query, now, now_ns) {
+        level.settle(0, units, now_ns, now_ns);
+    }
+}
+
+/// How a shared level stands, if it is in use here, and what all hosts have used of it.
+pub fn standing(directory: &Directory, query: &Query<'_>, now: Moment) -> Option<(Standing, u64)> {
+    let level = directory.find(query.id, kind(query.window, now))?;
+    Some((of(&level.standing(clock::monotonic_ns())), level.used()))
+}
+
+fn find_or_make(
+    directory: &Directory,
+    query: &Query<'_>,
+    now: Moment,
+    now_ns: u64,
+) -> Result<Arc<Leased>, Refused> {
+    let kind = kind(query.window, now);
+    directory
+        .level(query.id, kind, query.amount, now_ns)
+        // Subjects that find no place share one, as they do on the host's own shelves.
+        .or_else(|_| directory.level(query.overflow_id, kind, query.amount, now_ns))
+        .map_err(|_| Refused::Full)
+}
+
+fn kind(window: &Window, now: Moment) -> Kind {
+    match window {
+        Window::Bucket { ns } => Kind::Bucket { window_ns: *ns },
+        Window::Sliding { ns } => Kind::Sliding { window_ns: *ns },
+        Window::Calendar(calendar) => Kind::Period {
+            end_unix_ms: calendar.period(now.unix_ms).end_ms,
+        },
+        Window::Never => Kind::Credit,
+        Window::Parallel => Kind::Parallel,
+    }
+}
+
+fn of(standing: &LeaseStanding) -> Standing {
+    Standing {
+        remaining: standing.remaining,
+        reset_ns: standing.reset_ns,
+        retry_after_ns: standing.retry_after_ns,
+    }
+}
+
+fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
+    if refused.stale || (closed && refused.remaining >= units) {
+        return Refused::StoreGone;
+    }
+    // What other hosts may have cannot be had at once: a stream may begin with what is here.
+    let remaining = match refused.remaining >= units {
+        true => refused.spare,
+        false => refused.remaining.min(refused.spare),
+    };
+    Refused::Exhausted(Standing {
+        remaining,
+        ..of(refused)
+    })
+}
