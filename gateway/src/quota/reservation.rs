@@ -188,6 +188,8 @@ impl Reservation {
         let (taken, standing) = loop {
             match self.quota.levels.reserve(&rule.query(id), asked, now) {
                 Ok(granted) => break granted,
+                // What only counts never refuses; that it does not count here is counted.
+                Err(Refused::Full) if !rule.hard => return Ok(Standing::default()),
                 Err(Refused::Full) => return Err(denied(rule, Why::NoPlace, Standing::default(), asked)),
                 Err(Refused::Exhausted(standing)) => {
                     let left = standing.remaining.min(whole);
