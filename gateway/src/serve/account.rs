@@ -237,7 +237,7 @@ impl Account {
             self.record.flags.set(Flags::CLAMPED);
         }
         let failed = matches!(outcome, Outcome::UpstreamFailed | Outcome::TimedOut);
-        if failed || self.record.provider.len() > 0 && self.record.status >= 400 {
+        if failed || !self.record.provider.is_empty() && self.record.status >= 400 {
             self.record.flags.set(Flags::UPSTREAM_ERROR);
         }
         self.record.cost = self.cost(&usage);

@@ -147,11 +147,12 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         path: Some(api.path()),
     };
     let fields = upstream::forwarded(&client.head, &client.inbuf);
+    let tags = tags(client, core)?;
     let body = receive_body(client, core, request).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     request.known.borrow_mut().model = Some(model.name.clone());
-    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body)?;
+    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, tags, &body)?;
     let order = Order {
         id: request.id,
         api,
@@ -305,6 +306,7 @@ fn admit(
     key: &Arc<Key>,
     model: &Arc<Model>,
     call: &Call<'_>,
+    tags: Arc<str>,
     body: &Body,
 ) -> Result<(Account, Report), Refusal> {
     if !core.books_are_open() {
@@ -326,7 +328,11 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let marks = marks(client, core, call)?;
+    let user = call.user.as_deref().unwrap_or_default();
+    let marks = Marks {
+        user: or_empty(core, &user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
+        tags,
+    };
     let estimate = Estimate {
         input: model.input_tokens(body.bytes().len() as u64),
         output,
@@ -353,18 +359,18 @@ fn admit(
     Ok((account, admission.report))
 }
 
-/// What the client says of its request for the books.
-fn marks(client: &Client, core: &Core, call: &Call<'_>) -> Result<Marks, Error> {
-    let user = call.user.as_deref().unwrap_or_default();
+/// The client's tags for the books; from the head, which is gone when the body is there.
+fn tags(client: &Client, core: &Core) -> Result<Arc<str>, Error> {
     let tags = client.head.field(&client.inbuf, "x-gateway-tags");
-    let or_empty = |text: &str| match text {
+    Ok(or_empty(core, tags.map_or(Ok(""), tags::parse)?))
+}
+
+/// A name of a record; one that is empty takes no allocation.
+fn or_empty(core: &Core, name: &str) -> Arc<str> {
+    match name {
         "" => core.empty.clone(),
-        text => Arc::from(text),
-    };
-    Ok(Marks {
-        user: or_empty(&user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
-        tags: or_empty(tags.map_or(Ok(""), tags::parse)?),
-    })
+        name => Arc::from(name),
+    }
 }
 
 fn limit_error(denied: &Denied) -> Error {
