@@ -205,6 +205,42 @@ fn a_start_that_is_killed_changes_no_sum() {
     assert_eq!(sums(&gateway)[2], REQUESTS as u64 * TOKENS);
 }
 
+/// A torn tail and a place of garbage: both are found, reported and skipped, and nothing around them is lost.
+#[test]
+fn what_a_power_cut_tore_is_reported_and_costs_nothing_else() {
+    const REQUESTS: usize = 40;
+    let fleet = fleet(&format!("tokens={TOKENS},pace=0,first=0"));
+    let config = Setup::new(fleet.url()).workers(1, "auto").more(PRICES).config();
+    let gateway = Gateway::start(&config);
+    let mut client = Client::connect(gateway.addr());
+    for _ in 0..REQUESTS {
+        client.post("/v1/chat/completions", &chat("fast", false));
+        assert_eq!(client.answer().status, 200);
+    }
+    let before = gateway.await_records(REQUESTS);
+    let directory = gateway.kill();
+    // The sums are lost too, as they are written back later than the journal: they are made again from it.
+    let state = directory.path().join("state");
+    for file in ["usage.db", "usage.db-wal", "usage.db-shm"] {
+        let _ = std::fs::remove_file(state.join(file));
+    }
+    let path = state.join("journal/0-0000000001.seg");
+    let mut bytes = std::fs::read(&path).expect("the segment");
+    let end = bytes.iter().rposition(|&byte| byte != 0).expect("records") + 1;
+    // The last record lost its end, and one in the middle a byte.
+    bytes[end - 20..end].fill(0);
+    bytes[end / 2] ^= 0x5a;
+    std::fs::write(&path, &bytes).expect("a file");
+    let gateway = Gateway::start_in(directory, &config);
+    let records = gateway.records();
+    assert_eq!(records.len(), REQUESTS - 2);
+    assert!(records.iter().all(|record| before.contains(record)));
+    assert_eq!(sums(&gateway), sums_of(&records));
+    gateway.await_log("the journal is damaged here");
+    let text = gateway.admin("GET /metrics", "").text();
+    assert!(text.contains("\ngateway_ledger_torn_total 2\n"), "{text}");
+}
+
 /// Environment variable that tells a child the small file system.
 const CHILD: &str = "CRASH_TEST_DISK";
 

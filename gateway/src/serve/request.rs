@@ -405,12 +405,13 @@ async fn dispatch(
     order: &Order<'_>,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
+    let drains = order.model.drains().then(|| account.watch_drains());
     let dispatched = {
         let mut running = pin!(dispatch::run(core, order, account));
         let ends = race(client.gone(core), core.drain.reached(STOP));
         match race(running.as_mut(), ends).await {
             // Read on for the books: the head of an answer that is not streamed comes with its end.
-            Either::Second(Either::First(())) if order.model.drains() => {
+            Either::Second(Either::First(())) if drains.is_some_and(|drains| drains.get()) => {
                 let ends = race(core.late(DRAIN_TIME_MAX), core.drain.reached(STOP));
                 match race(running, ends).await {
                     Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),
