@@ -3,11 +3,12 @@
 # `skipped:`; the tests that need it then say so too. Running it again costs nothing.
 #
 # Writes: Debian packages (root, or sudo without a password), components of the Rust toolchain, and under target/:
-# venv (Python with the OpenAI SDK) and tools (cargo-deny).
+# venv (Python with the OpenAI SDK), chdb-venv (Python with ClickHouse's engine) and tools (cargo-deny).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 OPENAI_SDK=3.52.0
+CHDB=4.4.0
 CARGO_DENY=0.20.2
 # Each with the command that shows that it is there.
 PACKAGES=(
@@ -48,6 +49,16 @@ rust_components() {
   rustup component add rustfmt clippy >/dev/null || { echo "setup: rustfmt and clippy are needed" >&2; exit 1; }
 }
 
+# ClickHouse's engine as a Python package: the server that the export's tests deliver to.
+clickhouse() {
+  local python=target/chdb-venv/bin/python
+  [ "$("$python" -c 'import importlib.metadata as m; print(m.version("chdb"))' 2>/dev/null)" = "$CHDB" ] && return
+  echo "setup: installing chdb $CHDB into target/chdb-venv"
+  rm -rf target/chdb-venv
+  { python3 -m venv target/chdb-venv && "$python" -m pip install -q "chdb==$CHDB"; } >/dev/null 2>&1 \
+    || { rm -rf target/chdb-venv; skipped "tests of the export: chdb $CHDB could not be installed"; }
+}
+
 openai_sdk() {
   local python=target/venv/bin/python
   [ "$("$python" -c 'import openai; print(openai.__version__)' 2>/dev/null)" = "$OPENAI_SDK" ] && return
@@ -73,5 +84,6 @@ cargo_deny() {
 debian_packages
 rust_components
 openai_sdk
+clickhouse
 cargo_deny
 echo "setup: ok"

@@ -112,8 +112,8 @@ fn print(out: &mut impl Write, rows: &[Row]) -> io::Result<()> {
     let (first, second) = (width(|row| &row.0), width(|row| &row.1));
     writeln!(
         out,
-        "{:first$}  {:second$}  {:>10} {:>10} {:>10} {:>10} {:>10}  {}",
-        "provider", "model", "input", "cached", "write 5m", "write 1h", "output", "also"
+        "{:first$}  {:second$}  {:>10} {:>10} {:>10} {:>10} {:>10}  also",
+        "provider", "model", "input", "cached", "write 5m", "write 1h", "output"
     )?;
     for (provider, model, price) in rows {
         write!(out, "{provider:first$}  {model:second$}  ")?;

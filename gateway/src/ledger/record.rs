@@ -174,24 +174,6 @@ impl Flags {
         self.0 & other.0 == other.0
     }
 
-    /// Names of the flags that are set, in their order.
-    pub fn names(self) -> impl Iterator<Item = &'static str> {
-        const NAMES: [&str; 10] = [
-            "estimated",
-            "stream",
-            "retried",
-            "fallback",
-            "cut",
-            "upstream_error",
-            "cache_hit",
-            "unpriced",
-            "drained",
-            "clamped",
-        ];
-        let is_set = move |bit: &usize| self.0 & 1 << bit != 0;
-        (0..NAMES.len()).filter(is_set).map(|bit| NAMES[bit])
-    }
-
     /// Sets the bits of `other`.
     pub fn set(&mut self, other: Flags) {
         self.0 |= other.0;
@@ -648,14 +630,6 @@ pub(super) mod tests {
             let bytes = record.encode(&mut frame);
             assert_eq!(RecordView::decode(&frame[..bytes], VERSION).unwrap().cost, read);
         }
-    }
-
-    #[test]
-    fn flags_have_names() {
-        let mut flags = Flags::ESTIMATED;
-        flags.set(Flags::CLAMPED);
-        flags.set(Flags(1 << 30));
-        assert_eq!(flags.names().collect::<Vec<_>>(), ["estimated", "clamped"]);
     }
 
     #[test]

@@ -173,6 +173,7 @@ fn frame_at(segment: &[u8], id: u64, offset: usize) -> Option<&[u8]> {
 }
 
 /// What [`next`] finds.
+#[allow(clippy::large_enum_variant)] // one at a time, on the stack; a box would be an allocation for each record
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found<'a> {
     Record(RecordView<'a>),

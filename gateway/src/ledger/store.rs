@@ -381,10 +381,9 @@ fn add_sums(
                 rows_of_day.insert(group.day, rows + 1);
             }
         }
-        let mut place = bind_labels(&mut add, group, user)?;
-        for value in counters.to_array() {
+        let first = bind_labels(&mut add, group, user)?;
+        for (place, value) in (first..).zip(counters.to_array()) {
             add.raw_bind_parameter(place, to_sql(value))?;
-            place += 1;
         }
         add.raw_execute()?;
     }

@@ -1,6 +1,6 @@
 //! The account of one accepted request: from its admission to its one ledger record.
 
-use std::{net::IpAddr, rc::Rc, sync::Arc};
+use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 
 use crate::{
     config::schema::OnDisconnect,
@@ -34,6 +34,8 @@ pub struct Account {
     target: Option<Asked>,
     /// Bytes of generated text that were seen, as JSON has it; 0 where nobody looked.
     text_bytes: u64,
+    /// [`Account::drains`] for somebody who cannot ask while the account is lent out.
+    drains_now: Option<Rc<Cell<bool>>>,
 }
 
 /// See [`Account::target`].
@@ -105,6 +107,7 @@ impl Account {
             error: None,
             target: None,
             text_bytes: 0,
+            drains_now: None,
         }
     }
 
@@ -132,6 +135,9 @@ impl Account {
             calibration: target.calibration.clone(),
             on_disconnect: target.provider.on_disconnect,
         });
+        if let Some(drains_now) = &self.drains_now {
+            drains_now.set(self.drains());
+        }
     }
 
     /// Reserves what limits of a provider ask for, before the request is sent there.
@@ -250,6 +256,13 @@ impl Account {
         asked.is_some_and(|asked| asked.on_disconnect == OnDisconnect::Drain)
     }
 
+    /// What [`Account::drains`] says from now on, while targets are tried.
+    pub fn watch_drains(&mut self) -> Rc<Cell<bool>> {
+        let drains = Rc::new(Cell::new(self.drains()));
+        self.drains_now = Some(drains.clone());
+        drains
+    }
+
     /// How many bytes make a token of the model that was asked; `None` before one was.
     pub fn calibration(&self) -> Option<Arc<Calibration>> {
         self.target.as_ref().map(|asked| asked.calibration.clone())
@@ -302,7 +315,7 @@ impl Account {
             self.record.flags.set(Flags::CLAMPED);
         }
         let failed = matches!(outcome, Outcome::UpstreamFailed | Outcome::TimedOut);
-        if failed || self.record.provider.len() > 0 && self.record.status >= 400 {
+        if failed || !self.record.provider.is_empty() && self.record.status >= 400 {
             self.record.flags.set(Flags::UPSTREAM_ERROR);
         }
         self.record.cost = self.cost(&usage);

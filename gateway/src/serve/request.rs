@@ -152,11 +152,13 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
     };
     let fields = upstream::forwarded(&client.head, &client.inbuf);
     let noted = Noted::of(client, request);
+    let tags = tags(client, core)?;
     let body = receive_body(client, core, request).await?;
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     request.known.borrow_mut().model = Some(model.name.clone());
-    let (mut account, report) = admit(client, core, request, api, &key, &model, &call, &body, &noted)?;
+    let (mut account, report) =
+        admit(client, core, request, api, &key, &model, &call, tags, &body, &noted)?;
     let order = Order {
         id: request.id,
         api,
@@ -317,6 +319,7 @@ fn admit(
     key: &Arc<Key>,
     model: &Arc<Model>,
     call: &Call<'_>,
+    tags: Arc<str>,
     body: &Body,
     noted: &Noted,
 ) -> Result<(Account, Report), Refusal> {
@@ -339,7 +342,7 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let marks = marks(core, call, noted)?;
+    let marks = marks(core, call, noted, tags);
     let input = model.input_tokens(body.bytes().len() as u64);
     let ask = Ask {
         input,
@@ -381,7 +384,6 @@ fn admit(
 #[derive(Default)]
 struct Noted {
     user: Option<String>,
-    tags: Option<Box<[u8]>>,
     headers: Vec<(Box<str>, Box<[u8]>)>,
 }
 
@@ -392,7 +394,6 @@ impl Noted {
         let user = snapshot.user_header.as_deref().and_then(field);
         let wanted = snapshot.policies.headers().iter();
         Noted {
-            tags: field("x-gateway-tags").map(Into::into),
             user: user.map(|value| String::from_utf8_lossy(value).into_owned()),
             headers: wanted
                 .filter_map(|name| Some((name.clone(), field(name)?.into())))
@@ -407,17 +408,26 @@ impl Noted {
 }
 
 /// What the client says of its request for the books.
-fn marks(core: &Core, call: &Call<'_>, noted: &Noted) -> Result<Marks, Error> {
+fn marks(core: &Core, call: &Call<'_>, noted: &Noted, tags: Arc<str>) -> Marks {
     let user = noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default();
-    let tags = noted.tags.as_deref();
-    let or_empty = |text: &str| match text {
+    Marks {
+        user: or_empty(core, &user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
+        tags,
+    }
+}
+
+/// The client's tags for the books; from the head, which is gone when the body is there.
+fn tags(client: &Client, core: &Core) -> Result<Arc<str>, Error> {
+    let tags = client.head.field(&client.inbuf, "x-gateway-tags");
+    Ok(or_empty(core, tags.map_or(Ok(""), tags::parse)?))
+}
+
+/// A name of a record; one that is empty takes no allocation.
+fn or_empty(core: &Core, name: &str) -> Arc<str> {
+    match name {
         "" => core.empty.clone(),
-        text => Arc::from(text),
-    };
-    Ok(Marks {
-        user: or_empty(&user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
-        tags: or_empty(tags.map_or(Ok(""), tags::parse)?),
-    })
+        name => Arc::from(name),
+    }
 }
 
 /// What a refusal by a limit says: which one, what is left, when it makes sense to try again.
@@ -496,12 +506,13 @@ async fn dispatch(
     key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
+    let drains = order.model.drains().then(|| account.watch_drains());
     let dispatched = {
         let mut running = pin!(dispatch::run(core, order, account));
         let ends = race(client.gone(core), Ends::new(core, &key.life));
         match race(running.as_mut(), ends).await {
             // Read on for the books: the head of an answer that is not streamed comes with its end.
-            Either::Second(Either::First(())) if order.model.drains() => {
+            Either::Second(Either::First(())) if drains.is_some_and(|drains| drains.get()) => {
                 let ends = race(core.late(DRAIN_TIME_MAX), Ends::new(core, &key.life));
                 match race(running, ends).await {
                     Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),

@@ -68,6 +68,7 @@ fn ledger() -> (tempfile::TempDir, Ledger) {
     let dir = tempfile::tempdir().unwrap();
     let config = schema::Ledger {
         path: dir.path().into(),
+        retention: units::Span::secs(0),
         ..schema::Ledger::default()
     };
     let (ledger, mut journals) = Ledger::start(&config, 2).unwrap();

@@ -1,7 +1,7 @@
 //! Reading an answer on whose client has hung up (`on_disconnect: drain`): nobody gets it, but the books have the
 //! provider's own figures. Bounded in time and bytes; what is not told by then is estimated, and the upstream cancelled.
 
-use std::rc::Rc;
+use std::{rc::Rc, time::Duration};
 
 use super::stream::Stream;
 use crate::{
@@ -15,6 +15,9 @@ use crate::{
 
 /// How much of an answer's end is kept to find its usage in.
 const TAIL_BYTES: usize = 64 * 1024;
+
+/// How long the end of a body is waited for that comes behind a stream's last event.
+const END_TIME_MAX: Duration = Duration::from_secs(1);
 
 /// Whether an answer was read to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +37,7 @@ pub fn detach(mut stream: Box<Stream>) {
         let core = stream.core.clone();
         core.telemetry.counters().answers_drained.inc();
         let Stream { upstream, meter, .. } = &mut *stream;
-        let end = read(&core, upstream, |payload| {
+        let mut end = read(&core, upstream, DRAIN_TIME_MAX, |payload| {
             meter.feed(payload);
             meter.clear_ready();
             !meter.seen.done
@@ -42,6 +45,10 @@ pub fn detach(mut stream: Box<Stream>) {
         .await;
         drop(stream.meter.finish());
         stream.settle(Outcome::ClientGone);
+        if end == End::Given && stream.meter.seen.done {
+            // What is told is told; the rest is looked at for the connection's sake only.
+            end = read(&core, &mut stream.upstream, END_TIME_MAX, |_| true).await;
+        }
         if let End::Whole { left_over } = end {
             stream.upstream.finish(left_over);
         }
@@ -63,7 +70,7 @@ pub async fn rest(core: &Rc<Core>, mut upstream: Upstream, account: &mut Account
         tail.extend_from_slice(&behind_head[decoded.payload]);
     }
     if !done {
-        read(core, &mut upstream, |payload| {
+        read(core, &mut upstream, DRAIN_TIME_MAX, |payload| {
             tail.extend_from_slice(payload);
             if tail.len() > 2 * TAIL_BYTES {
                 tail.drain(..tail.len() - TAIL_BYTES);
@@ -84,7 +91,12 @@ pub async fn rest(core: &Rc<Core>, mut upstream: Upstream, account: &mut Account
 }
 
 /// Reads until the answer's end, or until `look`, which is given the bytes without their framing, has seen enough.
-async fn read(core: &Rc<Core>, upstream: &mut Upstream, mut look: impl FnMut(&mut [u8]) -> bool) -> End {
+async fn read(
+    core: &Rc<Core>,
+    upstream: &mut Upstream,
+    time: Duration,
+    mut look: impl FnMut(&mut [u8]) -> bool,
+) -> End {
     let reading = async {
         let mut read_bytes = 0;
         while read_bytes < DRAIN_BYTES_MAX {
@@ -114,7 +126,7 @@ async fn read(core: &Rc<Core>, upstream: &mut Upstream, mut look: impl FnMut(&mu
         }
         End::Given
     };
-    let ends = race(core.late(DRAIN_TIME_MAX), core.drain.reached(STOP));
+    let ends = race(core.late(time), core.drain.reached(STOP));
     match race(reading, ends).await {
         Either::First(end) => end,
         Either::Second(_) => End::Given,
