@@ -71,3 +71,10 @@ pub const ATTEMPTS_MAX: usize = 3;
 
 /// Idle connections that a core keeps to one endpoint.
 pub const POOL_IDLE_MAX: usize = 256;
+
+/// Longest PROXY header, bytes. Version 1 has at most 107; version 2 has 232 with the longest addresses, and leaves
+/// the rest to extensions, of which the largest in use is a client certificate's name.
+pub const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
+
+/// Most proxies that a request is followed back over. More than any real path has; a longer list is a mistake or a trick.
+pub const FORWARDED_HOPS_MAX: usize = 32;
