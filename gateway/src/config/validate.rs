@@ -1,6 +1,7 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod proxies;
 mod runtime;
 mod upstream;
 

@@ -30,6 +30,7 @@ pub(super) fn listeners(config: &Config, report: &mut Report<'_>) {
             report.error(&path.name("address"), message);
         }
         certificates(&path.name("tls"), listener, report);
+        super::proxies::check(&path, listener, report);
     }
 }
 
@@ -113,6 +114,7 @@ pub(super) fn kernel(config: &Config, report: &mut Report<'_>) {
         report,
     );
     span(&path.name("drop").name("for"), drop.hold, SECOND, DAY, report);
+    super::proxies::escalation(&path.name("drop").name("escalation"), drop, report);
     if config
         .kernel
         .cgroup
