@@ -25,7 +25,7 @@ use crate::{
     },
     net::{clock, signal::Signal, sleep},
     quota::refusals::Refusals,
-    serve::snapshot::Snapshot,
+    serve::{keys::Keys, snapshot::Snapshot},
     telemetry::{CoreShared, CoreTelemetry, Refusal},
 };
 
@@ -40,6 +40,8 @@ pub const STOP: u64 = 2;
 pub struct Shared {
     /// The configuration in force.
     pub snapshot: ArcSwap<Snapshot>,
+    /// Keys that were made at run time.
+    pub keys: Keys,
     /// Evidence for early drops.
     pub refusals: Refusals,
     /// 0, [`DRAIN`] or [`STOP`]; cores follow within a tick.
@@ -53,6 +55,7 @@ impl Shared {
     pub fn new(snapshot: Snapshot, cores: usize) -> Shared {
         Shared {
             snapshot: ArcSwap::from_pointee(snapshot),
+            keys: Keys::default(),
             refusals: Refusals::default(),
             level: AtomicU64::new(0),
             cores: (0..cores).map(|core| Arc::new(CoreShared::new(core))).collect(),
@@ -80,6 +83,8 @@ pub struct Core {
     pub drain: Signal,
     /// Rises with each tick of the core.
     pub ticks: Signal,
+    /// Follows [`Keys::revocations`]: what runs looks whether its key has ended.
+    pub revocations: Signal,
     /// Bytes of requests' and answers' bodies held now; see [`Share`].
     bodies_bytes: Cell<usize>,
     /// Connections of clients open now.
@@ -103,6 +108,7 @@ impl Core {
             pool: RefCell::default(),
             drain: Signal::default(),
             ticks: Signal::default(),
+            revocations: Signal::default(),
             bodies_bytes: Cell::new(0),
             connections: Cell::new(0),
             accounts_open: Cell::new(0),

@@ -170,6 +170,7 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
             sockets.iter().copied().for_each(stop_listening);
         }
         core.drain.raise(level);
+        core.revocations.raise(core.shared.keys.revocations());
         if level >= DRAIN && core.connections.get() == 0 {
             return;
         }

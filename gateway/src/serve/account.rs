@@ -9,7 +9,7 @@ use crate::{
     ledger::record::{Flags, Outcome, Record, RequestId},
     net::clock,
     quota::Reservation,
-    serve::snapshot::{Key, Model},
+    serve::{keys::Key, snapshot::Model},
     telemetry::access::AccessEntry,
 };
 

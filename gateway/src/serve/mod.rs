@@ -7,11 +7,13 @@
 pub mod connection;
 pub mod request;
 
+pub mod keys;
 pub mod snapshot;
 
 mod account;
 mod answer;
 mod body;
 mod dispatch;
+mod ends;
 mod relay;
 mod upstream;

@@ -5,12 +5,14 @@ mod whole;
 
 pub use stream::Stream;
 
-use std::{rc::Rc, time::Duration};
+use std::{rc::Rc, sync::Arc, time::Duration};
 
 use super::{
     account::Account,
     answer,
     connection::{Client, Next, Served},
+    ends::End,
+    keys::Life,
     snapshot::Timeouts,
     upstream::{Broken, Upstream},
 };
@@ -26,6 +28,8 @@ use crate::{
 /// What the relay needs to know of the request.
 pub struct Terms {
     pub api: Api,
+    /// Of the client's key.
+    pub life: Arc<Life>,
     /// Take the usage event out of the stream.
     pub hide_usage: bool,
     pub timeouts: Timeouts,
@@ -44,8 +48,8 @@ enum Failure {
     Idle,
     /// The request's whole time is over.
     Total,
-    /// The gateway ends.
-    Stop,
+    /// The gateway or the key ends.
+    Ended(End),
 }
 
 /// Passes the answer on and closes the account; a stream is left to the caller to run.
@@ -119,7 +123,7 @@ impl Failure {
         match self {
             Failure::Upstream(_) => Outcome::UpstreamFailed,
             Failure::Idle | Failure::Total => Outcome::TimedOut,
-            Failure::Stop => Outcome::Stopped,
+            Failure::Ended(_) => Outcome::Stopped,
         }
     }
 
@@ -143,7 +147,7 @@ impl Failure {
                     ..Error::new(Kind::UpstreamTimeout, message)
                 }
             }
-            Failure::Stop => Error::new(Kind::Stopping, "the gateway is being stopped"),
+            Failure::Ended(end) => end.error(),
         }
     }
 }

@@ -16,10 +16,14 @@ use super::{
     body::{self, Body},
     connection::{Client, Next, Served},
     dispatch::{self, Order},
+    ends::Ends,
+    keys::Key,
     relay,
-    snapshot::{Key, Model, Snapshot},
+    snapshot::{Model, Snapshot},
     upstream::{self, Upstream},
 };
+use sha2::{Digest, Sha256};
+
 use crate::{
     core::{Core, DRAIN, STOP},
     dialect::{
@@ -137,11 +141,11 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         }
         Route::Ready => return Ok(Served::Done(ready(client, core, request).await)),
         Route::Models => {
-            let key = authenticate(client, request)?.clone();
+            let key = authenticate(client, core, request)?;
             return Ok(Served::Done(models(client, core, request, &key).await));
         }
     };
-    let key = authenticate(client, request)?.clone();
+    let key = authenticate(client, core, request)?;
     *request.known.borrow_mut() = Known {
         key: Some(key.name.clone()),
         model: None,
@@ -161,13 +165,14 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
         body: body.bytes(),
         fields: &fields,
     };
-    let upstream = dispatch(client, core, &order, &mut account).await?;
+    let upstream = dispatch(client, core, &order, &key, &mut account).await?;
     let hide_usage = call.hide_usage;
     // A stream may run for minutes; what it was asked with is not needed any more.
     drop(call);
     drop((body, fields));
     let terms = relay::Terms {
         api,
+        life: key.life.clone(),
         hide_usage,
         timeouts: model.timeouts,
         report,
@@ -240,7 +245,7 @@ fn route(client: &Client) -> Result<Route, Error> {
 }
 
 /// Who is it.
-fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key>, Error> {
+fn authenticate(client: &Client, core: &Core, request: &Request) -> Result<Arc<Key>, Error> {
     let field = |name| client.head.field(&client.inbuf, name);
     let bearer = || {
         let value = field("authorization")?;
@@ -259,8 +264,13 @@ fn authenticate<'r>(client: &Client, request: &'r Request) -> Result<&'r Arc<Key
             ..Error::new(Kind::Unauthenticated, message)
         });
     };
-    let unknown = || Error::new(Kind::Unauthenticated, "incorrect API key provided");
-    request.snapshot.key(secret).ok_or_else(unknown)
+    let hash: [u8; 32] = Sha256::digest(secret).into();
+    let known = request.snapshot.key(&hash).cloned();
+    let Some(key) = known.or_else(|| core.shared.keys.get(&hash)) else {
+        return Err(Error::new(Kind::Unauthenticated, "incorrect API key provided"));
+    };
+    key.pass(client.ip, request.id.unix_ms())?;
+    Ok(key)
 }
 
 async fn receive_body(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Body, Refusal> {
@@ -377,14 +387,15 @@ fn limit_error(denied: &Denied) -> Error {
     }
 }
 
-/// Finds an upstream that answers. The client's hang-up, or the gateway's end, ends that at once.
+/// Finds an upstream that answers. The client's hang-up, or the gateway's or the key's end, ends that at once.
 async fn dispatch(
     client: &mut Client,
     core: &Rc<Core>,
     order: &Order<'_>,
+    key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), core.drain.reached(STOP));
+    let ends = race(client.gone(core), Ends::new(core, &key.life));
     let dispatched = race(dispatch::run(core, order, account), ends).await;
     let prompt_only = Usage {
         prompt: account.input_estimated(),
@@ -400,11 +411,7 @@ async fn dispatch(
             account.settle(Outcome::ClientGone, prompt_only, true);
             return Err(Refusal::Gone);
         }
-        Either::Second(Either::Second(())) => (
-            Error::new(Kind::Stopping, "the gateway is being stopped"),
-            Outcome::Stopped,
-            prompt_only,
-        ),
+        Either::Second(Either::Second(end)) => (end.error(), Outcome::Stopped, prompt_only),
     };
     account.answering(error.status(), false);
     account.error(error.code());

@@ -2,17 +2,16 @@
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
-use anyhow::Context;
-use sha2::{Digest, Sha256};
-
+use super::keys::{self, ByHash, Key, Life, NEVER_MS};
 use crate::{
     config::{
         self,
         schema::{self, Balance, Config},
     },
     fleet::{Endpoints, Provider, Target},
-    quota::{Table, policy::Bound, refusals::Rule},
+    quota::{Table, refusals::Rule},
 };
+use anyhow::Context;
 
 /// Output reserved for a request that permits no smaller one, tokens, where the model says nothing else.
 const OUTPUT_TOKENS_DEFAULT: u32 = 4096;
@@ -21,7 +20,7 @@ const OUTPUT_TOKENS_DEFAULT: u32 = 4096;
 pub struct Snapshot {
     /// Counts reloads, from 1.
     pub generation: u64,
-    keys: HashMap<[u8; 32], Arc<Key>>,
+    keys: ByHash,
     models: HashMap<Box<str>, Arc<Model>>,
     /// Bounds and times of the client's side.
     pub http: Http,
@@ -39,15 +38,6 @@ pub struct Http {
     pub body_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
-}
-
-/// A virtual key.
-pub struct Key {
-    pub name: Arc<str>,
-    /// Empty for none.
-    pub team: Arc<str>,
-    models: Option<Vec<String>>,
-    pub limits: Vec<Bound>,
 }
 
 /// A virtual model.
@@ -73,6 +63,8 @@ pub struct Timeouts {
 pub struct Registry {
     pub limits: Table,
     pub endpoints: Endpoints,
+    /// The file's keys by name: what a key's versions share outlives the snapshot.
+    lives: HashMap<String, Arc<Life>>,
     generation: u64,
 }
 
@@ -91,18 +83,27 @@ impl Snapshot {
             let compiled = compile_model(model, &providers)?;
             models.insert(model.name.clone().into_boxed_str(), Arc::new(compiled));
         }
-        let mut keys = HashMap::new();
+        let mut keys = ByHash::default();
+        let mut lives = HashMap::new();
         for key in &config.keys {
             let hash = config::parse_sha256(&key.sha256)
                 .with_context(|| format!("key {}: sha256 is not 64 hex digits", key.name))?;
+            let life = registry.lives.get(&key.name).cloned().unwrap_or_default();
+            lives.insert(key.name.clone(), life.clone());
             let compiled = Key {
                 name: key.name.as_str().into(),
                 team: key.team.as_deref().unwrap_or_default().into(),
-                models: key.models.clone(),
+                organization: "".into(),
+                models: key.models.as_deref().map(Arc::from),
+                networks: Arc::new([]),
+                expires_unix_ms: NEVER_MS,
+                disabled: false,
                 limits: registry.limits.bounds(config, key),
+                life,
             };
             keys.insert(hash, Arc::new(compiled));
         }
+        registry.lives = lives;
         registry.generation += 1;
         Ok(Snapshot {
             generation: registry.generation,
@@ -116,13 +117,9 @@ impl Snapshot {
         })
     }
 
-    /// Who has this key. The look-up is by SHA-256: an attacker who times it learns about hashes, of which he
-    /// cannot choose a prefix, and the comparison at its end takes constant time.
-    pub fn key(&self, secret: &[u8]) -> Option<&Arc<Key>> {
-        use subtle::ConstantTimeEq;
-        let hash: [u8; 32] = Sha256::digest(secret).into();
-        let (known, key) = self.keys.get_key_value(&hash)?;
-        bool::from(known.ct_eq(&hash)).then_some(key)
+    /// Who has the secret with this SHA-256, of the configuration file's keys.
+    pub fn key(&self, hash: &[u8; 32]) -> Option<&Arc<Key>> {
+        keys::find(&self.keys, hash)
     }
 
     /// The virtual model of this name.
@@ -140,15 +137,6 @@ impl Snapshot {
             .collect();
         names.sort_unstable();
         names
-    }
-}
-
-impl Key {
-    /// Whether the key may use a model.
-    pub fn may_use(&self, model: &str) -> bool {
-        self.models
-            .as_ref()
-            .is_none_or(|models| models.iter().any(|allowed| allowed == model))
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use super::{Failure, Terms, left};
 use crate::{
     bounds::SCRATCH_BYTES,
-    core::{Core, STOP},
+    core::Core,
     dialect::{Api, Usage, meter::Meter},
     error::{Dialect, Error},
     http::{
@@ -23,13 +23,13 @@ use crate::{
     net::{
         Either, clock, race,
         runtime::{Timer, yield_now},
-        signal::Reached,
         sleep,
     },
     serve::{
         account::Account,
         answer::{self, Framing},
         connection::{Ahead, Client, Next},
+        ends::{End, Ends},
         upstream::{Broken, Upstream},
     },
 };
@@ -86,7 +86,7 @@ enum Woken {
     Upstream,
     Client,
     Timer,
-    Stop,
+    Ended(End),
 }
 
 impl Stream {
@@ -130,10 +130,10 @@ impl Stream {
         let mut client_stirs = pin!(sock.readable());
         let mut watching = true;
         let mut timer = Timer::new(self.patience());
-        let mut stop = pin!(self.core.drain.reached(STOP));
+        let mut ends = pin!(Ends::new(&self.core, &self.terms.life));
         let mut reads = 0;
         loop {
-            if !self.flush(client, &mut stop).await {
+            if !self.flush(client, &mut ends).await {
                 came = Came::ClientGone;
             }
             match came {
@@ -150,8 +150,8 @@ impl Stream {
                 self.ready_in_a_row = 0;
                 sleep(REST).await;
                 // The upstream is ready whenever it is looked at, so nobody else was.
-                if self.core.drain.level() >= STOP {
-                    came = Came::Failed(Failure::Stop);
+                if let Some(end) = ends.now() {
+                    came = Came::Failed(Failure::Ended(end));
                     continue;
                 }
                 if let Some(failure) = self.overdue() {
@@ -160,9 +160,9 @@ impl Stream {
                 }
             }
             let watched = watching.then_some(client_stirs.as_mut());
-            came = match self.wait(watched, &mut timer, stop.as_mut()).await {
+            came = match self.wait(watched, &mut timer, ends.as_mut()).await {
                 Woken::Upstream => self.read(client),
-                Woken::Stop => Came::Failed(Failure::Stop),
+                Woken::Ended(end) => Came::Failed(Failure::Ended(end)),
                 Woken::Timer => match self.overdue() {
                     Some(failure) => Came::Failed(failure),
                     None => {
@@ -215,7 +215,7 @@ impl Stream {
         &mut self,
         mut client: Option<Pin<&mut impl Future<Output = ()>>>,
         timer: &mut Timer,
-        mut stop: Pin<&mut Reached>,
+        mut ends: Pin<&mut Ends>,
     ) -> Woken {
         let Ok(conn) = self.upstream.conn() else {
             return Woken::Upstream;
@@ -236,7 +236,7 @@ impl Stream {
             if timer.poll(cx).is_ready() {
                 return Poll::Ready(Woken::Timer);
             }
-            stop.as_mut().poll(cx).map(|()| Woken::Stop)
+            ends.as_mut().poll(cx).map(Woken::Ended)
         })
         .await;
         self.ready_in_a_row = if polls == 1 { self.ready_in_a_row + 1 } else { 0 };
@@ -349,7 +349,7 @@ impl Stream {
 
     /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
     /// meanwhile. False: the client is gone, or takes nothing for too long.
-    async fn flush(&mut self, client: &mut Client, stop: &mut Pin<&mut Reached>) -> bool {
+    async fn flush(&mut self, client: &mut Client, ends: &mut Pin<&mut Ends>) -> bool {
         if self.unsent.is_empty() && !client.conn.has_unsent() {
             return true;
         }
@@ -359,8 +359,8 @@ impl Stream {
         let used_ns = clock::monotonic_ns() - self.account.started_ns();
         let core = self.core.clone();
         let total = core.late(left(self.terms.timeouts.total, used_ns));
-        let ends = race(stop.as_mut(), total);
-        match race(client.conn.write_all(&unsent, stall), ends).await {
+        let others = race(ends.as_mut(), total);
+        match race(client.conn.write_all(&unsent, stall), others).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
                 self.last_ns = clock::monotonic_ns();
@@ -369,7 +369,7 @@ impl Stream {
             Either::Second(end) => {
                 // The client stands in the middle of a chunk, where no error event can be put.
                 self.settle(match end {
-                    Either::First(()) => Outcome::Stopped,
+                    Either::First(_) => Outcome::Stopped,
                     Either::Second(()) => Outcome::TimedOut,
                 });
                 false

@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::{Failure, Terms, finish, left};
 use crate::{
     bounds::{ANSWER_BYTES_MAX, SCRATCH_BYTES},
-    core::{Core, STOP, Share},
+    core::{Core, Share},
     dialect::{Api, Usage, usage},
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
@@ -18,6 +18,7 @@ use crate::{
         account::Account,
         answer::{self, Framing},
         connection::{Client, Next},
+        ends::Ends,
         upstream::{Broken, Upstream},
     },
 };
@@ -157,12 +158,13 @@ async fn collect(
         }
         Ok(())
     };
-    let others = race(client.gone(core), race(core.late(time), core.drain.reached(STOP)));
+    let ends = Ends::new(core, &terms.life);
+    let others = race(client.gone(core), race(core.late(time), ends));
     match race(receive, others).await {
         Either::First(received) => received.map_err(|broken| Ended::Failed(Failure::Upstream(broken))),
         Either::Second(Either::First(())) => Err(Ended::ClientGone),
         Either::Second(Either::Second(Either::First(()))) => Err(Ended::Failed(Failure::Total)),
-        Either::Second(Either::Second(Either::Second(()))) => Err(Ended::Failed(Failure::Stop)),
+        Either::Second(Either::Second(Either::Second(end))) => Err(Ended::Failed(Failure::Ended(end))),
     }
 }
 
@@ -251,13 +253,13 @@ async fn relay_long(
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
         let used_ns = clock::monotonic_ns() - account.started_ns();
         let ends = race(
-            core.drain.reached(STOP),
+            Ends::new(core, &terms.life),
             core.late(left(terms.timeouts.total, used_ns)),
         );
         let cut = match race(client.conn.write_all(&out, client.stall), ends).await {
             Either::First(Ok(())) => None,
             Either::First(Err(_)) => Some(Outcome::ClientGone),
-            Either::Second(Either::First(())) => Some(Outcome::Stopped),
+            Either::Second(Either::First(_)) => Some(Outcome::Stopped),
             Either::Second(Either::Second(())) => Some(Outcome::TimedOut),
         };
         if let Some(outcome) = cut {
