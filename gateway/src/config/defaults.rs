@@ -3,9 +3,7 @@
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::{
-    schema::{
-        Admin, Driver, Drop, Escalation, Http, Kernel, KernelMode, Ledger, Log, LogFormat, Timeouts, Workers,
-    },
+    schema::{Admin, Driver, Http, Ledger, Log, LogFormat, Timeouts, Workers},
     units::{Bytes, Span},
 };
 
@@ -40,16 +38,6 @@ const BODY_TIMEOUT: Span = Span::secs(30);
 const IDLE_TIMEOUT: Span = Span::secs(75);
 const WRITE_TIMEOUT: Span = Span::secs(60);
 
-/// A client that heeds `Retry-After` never comes to this.
-const AFTER_REFUSALS: u32 = 20;
-const WITHIN: Span = Span::secs(10);
-const HOLD: Span = Span::secs(30);
-/// 30 s, 1 min, 2 min …: a broken client is back soon, an attack is paid for ever more rarely.
-const ESCALATION_FACTOR: u32 = 2;
-const ESCALATION_MAX: Span = Span::secs(3_600);
-const ESCALATION_FORGIVE: Span = Span::secs(3_600);
-const ESCALATION_FORGET: Span = Span::secs(86_400);
-
 /// The state directory of the systemd unit.
 const LEDGER_PATH: &str = "/var/lib/gateway";
 /// 20 syncs a second are little for an SSD, and 50 ms of records little to lose.
@@ -67,8 +55,6 @@ pub const ENDPOINTS_MAX: usize = 1024;
 pub const TARGETS_MAX: usize = 64;
 /// Trusted proxies of one listener: the largest content delivery networks publish some hundred networks.
 pub const TRUSTED_PROXIES_MAX: usize = 1024;
-/// Beyond it the second drop is the longest.
-pub const ESCALATION_FACTOR_MAX: u32 = 100;
 /// Sums of weights stay far from overflow.
 pub const WEIGHT_MAX: u32 = 1_000_000;
 /// More than any model can write, and small enough that reservations do not overflow.
@@ -126,40 +112,6 @@ impl Default for Http {
             body_timeout: BODY_TIMEOUT,
             idle_timeout: IDLE_TIMEOUT,
             write_timeout: WRITE_TIMEOUT,
-        }
-    }
-}
-
-impl Default for Kernel {
-    fn default() -> Self {
-        Kernel {
-            mode: KernelMode::Auto,
-            steering: true,
-            drop: Drop::default(),
-            cgroup: None,
-        }
-    }
-}
-
-impl Default for Drop {
-    fn default() -> Self {
-        Drop {
-            after_refusals: AFTER_REFUSALS,
-            within: WITHIN,
-            hold: HOLD,
-            escalation: Escalation::default(),
-            exempt: Vec::new(),
-        }
-    }
-}
-
-impl Default for Escalation {
-    fn default() -> Self {
-        Escalation {
-            factor: ESCALATION_FACTOR,
-            max: ESCALATION_MAX,
-            forgive: ESCALATION_FORGIVE,
-            forget: ESCALATION_FORGET,
         }
     }
 }

@@ -3,23 +3,24 @@
 //! The comments are the descriptions in the JSON Schema that `gateway schema` prints, so they
 //! speak to the person who writes the file. Defaults stand in [`super::defaults`].
 
+mod escalation;
+mod kernel;
+mod listener;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
-use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{
     defaults::{self, *},
     error::Problem,
-    units::{Address, Bytes, Network, Secret, Span},
+    units::{Address, Bytes, Secret, Span},
 };
 use crate::bounds::NAME_BYTES_MAX;
 
-mod escalation;
-mod listener;
-
-pub use escalation::Escalation;
+pub use escalation::{ESCALATION_FACTOR_MAX, Escalation};
+pub use kernel::{Connections, Drop, Kernel, KernelMode, Xdp, XdpMode};
 pub use listener::{Certificate, ClientHeader, Listener, ProxyProtocol, Tls};
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
@@ -293,54 +294,6 @@ pub struct Http {
     pub idle_timeout: Span,
     /// How long a client may take nothing of its answer; more than 0, at most 1d.
     pub write_timeout: Span,
-}
-
-/// What runs in the kernel, as eBPF programs.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Kernel {
-    /// Whether the programs are loaded, and what happens when they cannot be.
-    pub mode: KernelMode,
-    /// Hand a new connection to the core whose CPU received it, unless that one is overloaded.
-    pub steering: bool,
-    /// Who is dropped before TLS and HTTP cost anything.
-    pub drop: Drop,
-    /// cgroup2 directory whose connections are accounted, an absolute path. Absent: the process' own.
-    pub cgroup: Option<PathBuf>,
-}
-
-/// Whether the kernel programs are loaded.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum KernelMode {
-    /// Never.
-    Off,
-    /// Where it is possible; otherwise the log and `gateway status` say why not.
-    #[default]
-    Auto,
-    /// Like `auto`, but who would be dropped is only counted.
-    Observe,
-    /// Yes, or do not start.
-    Required,
-}
-
-/// When a client address is dropped in the kernel.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct Drop {
-    /// This many refusals, with nothing accepted since, at least 1 …
-    #[schemars(range(min = 1))]
-    pub after_refusals: u32,
-    /// … within this time, 1s to 1h, …
-    pub within: Span,
-    /// … drop new connections of the address for this long, 1s to 1d.
-    #[serde(rename = "for")]
-    pub hold: Span,
-    /// How the time grows when the client comes back and is refused again.
-    pub escalation: Escalation,
-    /// Networks that are never dropped, for example proxies and NATs with many users behind one address.
-    #[schemars(with = "Vec<Network>")]
-    pub exempt: Vec<IpNet>,
 }
 
 /// The books.

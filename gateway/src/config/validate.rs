@@ -1,6 +1,7 @@
 //! What fields of the configuration mean together: names, references, ranges, files.
 
 mod access;
+mod kernel;
 mod proxies;
 mod runtime;
 mod upstream;
@@ -29,7 +30,7 @@ pub(super) fn check(config: &Config, report: &mut Report<'_>) {
     access::keys(config, &known, report);
     access::limits(config, &known, report);
     runtime::http(config, report);
-    runtime::kernel(config, report);
+    kernel::kernel(config, report);
     runtime::ledger(config, report);
     runtime::log(config, report);
     span(&root("drain"), config.drain, Span::secs(0), DAY, report);

@@ -140,7 +140,7 @@ impl State {
 
     fn drop_offender(&self, kernel: &Kernel, client: IpAddr) {
         let hold = self.inner().config.kernel.drop.hold.0;
-        match kernel.block(client, hold) {
+        match kernel.block(kernel.net_of(client), hold) {
             Ok(()) => {
                 tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
             }
@@ -331,7 +331,7 @@ impl State {
             .take(BLOCKED_LISTED_MAX)
             .map(|blocked| {
                 json!({
-                    "client": blocked.client,
+                    "net": blocked.net,
                     "remaining_seconds": blocked.remaining.as_secs_f64(),
                     "dropped": blocked.dropped,
                     "would_drop": blocked.would_drop,
@@ -357,13 +357,15 @@ impl State {
     /// Blocks a client by hand.
     pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
         self.kernel()?
-            .block(client, hold)
+            .block(client.into(), hold)
             .map_err(|error| error.to_string())
     }
 
     /// Lifts a block; false where there was none.
     pub fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
-        self.kernel()?.unblock(client).map_err(|error| error.to_string())
+        self.kernel()?
+            .unblock(client.into())
+            .map_err(|error| error.to_string())
     }
 }
 

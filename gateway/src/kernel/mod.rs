@@ -35,6 +35,7 @@ use gateway_common::{
     BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, Settings, Totals,
     names,
 };
+use ipnet::IpNet;
 use socket2::SockRef;
 
 use crate::config::schema;
@@ -88,8 +89,8 @@ struct Loads {
 /// A client that the kernel refuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Blocked {
-    /// The IPv4 address, or the first address of the IPv6 /64.
-    pub client: IpAddr,
+    /// A client as `kernel.drop.prefix_v4` and `prefix_v6` cut it, or a network blocked by hand.
+    pub net: IpNet,
     /// Time until the block ends.
     pub remaining: Duration,
     /// Connection attempts refused since it began.
@@ -260,6 +261,15 @@ impl Kernel {
             .map_err(|e| Off::failed("placing a core", &e))
     }
 
+    /// The network that `client` counts as: the address itself, or its prefix by `kernel.drop.prefix_v4` and `prefix_v6`.
+    /// What [`Kernel::block`] takes for one client.
+    pub fn net_of(&self, client: IpAddr) -> IpNet {
+        match ClientKey::new(client).address() {
+            IpAddr::V4(v4) => IpNet::from(IpAddr::V4(v4)),
+            IpAddr::V6(v6) => IpNet::from(ipnet::Ipv6Net::new_assert(v6, 64)),
+        }
+    }
+
     /// Whether policy lets `client` be blocked: not exempt, not this host itself.
     pub fn may_block(&self, client: IpAddr) -> bool {
         self.policy.refusal(client).is_none()
@@ -269,15 +279,16 @@ impl Kernel {
     pub fn set_exempt(&mut self, exempt: &[ipnet::IpNet]) {
         self.policy = Policy::new(exempt);
         for blocked in self.blocked() {
-            if !self.may_block(blocked.client) {
-                let _ = self.unblock(blocked.client);
+            if !self.may_block(blocked.net.addr()) {
+                let _ = self.unblock(blocked.net);
             }
         }
     }
 
     /// Refuses new connections of `client` (IPv6: of its /64) from now on for `hold`. A longer or shorter hold replaces the
     /// one at work and keeps its counts. Open connections are not touched.
-    pub fn block(&self, client: IpAddr, hold: Duration) -> Result<(), BlockError> {
+    pub fn block(&self, net: IpNet, hold: Duration) -> Result<(), BlockError> {
+        let client = net.addr();
         if let Some(reason) = self.policy.refusal(client) {
             return Err(BlockError::Exempt(reason));
         }
@@ -295,8 +306,8 @@ impl Kernel {
     }
 
     /// Lets `client` in again. False: it was not blocked.
-    pub fn unblock(&self, client: IpAddr) -> Result<bool, BlockError> {
-        let key = ClientKey::new(client);
+    pub fn unblock(&self, net: IpNet) -> Result<bool, BlockError> {
+        let key = ClientKey::new(net.addr());
         let mut blocks = locked(&self.blocks);
         let held = match blocks.get(&key, 0) {
             Ok(block) => block.until_ns > clock::now_ns(),
@@ -322,19 +333,16 @@ impl Kernel {
         let mut blocked: Vec<Blocked> = entries
             .filter(|(_, block)| block.until_ns > now_ns)
             .map(|(key, block)| Blocked {
-                client: key.address(),
+                net: IpNet::from(key.address()),
                 remaining: Duration::from_nanos(block.until_ns - now_ns),
                 dropped: block.dropped,
                 would_drop: block.would_drop,
             })
             .collect();
         blocked.sort_unstable_by_key(|entry| {
-            (
-                std::cmp::Reverse(entry.dropped.max(entry.would_drop)),
-                entry.client,
-            )
+            (std::cmp::Reverse(entry.dropped.max(entry.would_drop)), entry.net)
         });
-        blocked.dedup_by_key(|entry| entry.client);
+        blocked.dedup_by_key(|entry| entry.net);
         blocked
     }
 

@@ -3,7 +3,16 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::config::{defaults::ESCALATION_FACTOR_MAX, units::Span};
+use crate::config::units::Span;
+
+/// Beyond it the second drop is the longest.
+pub const ESCALATION_FACTOR_MAX: u32 = 100;
+
+/// 30 s, 1 min, 2 min …: a broken client is back soon, an attack is paid for ever more rarely.
+const FACTOR: u32 = 2;
+const MAX: Span = Span::secs(3_600);
+const FORGIVE: Span = Span::secs(3_600);
+const FORGET: Span = Span::secs(86_400);
 
 /// How the time of a drop grows with repetition and shrinks with good behaviour.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -19,4 +28,15 @@ pub struct Escalation {
     pub forgive: Span,
     /// After this time without a drop nothing is left of it, 1s to 30d.
     pub forget: Span,
+}
+
+impl Default for Escalation {
+    fn default() -> Self {
+        Escalation {
+            factor: FACTOR,
+            max: MAX,
+            forgive: FORGIVE,
+            forget: FORGET,
+        }
+    }
 }

@@ -2,9 +2,9 @@
 
 use super::{MONTH, SECOND, span};
 use crate::config::{
-    defaults::{ESCALATION_FACTOR_MAX, TRUSTED_PROXIES_MAX},
+    defaults::TRUSTED_PROXIES_MAX,
     load::Report,
-    schema::{Drop, Listener, ProxyProtocol},
+    schema::{Drop, ESCALATION_FACTOR_MAX, Listener, ProxyProtocol},
     tree::Path,
 };
 

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{DAY, HOUR, MILLISECOND, MINUTE, SECOND, hint, quote, root, span};
+use super::{DAY, MILLISECOND, MINUTE, hint, quote, root, span};
 use crate::config::{
     Config, defaults::LISTENERS_MAX, load::Report, schema::Listener, tls, tree::Path, units::Bytes,
 };
@@ -100,31 +100,6 @@ pub(super) fn http(config: &Config, report: &mut Report<'_>) {
         ("write_timeout", http.write_timeout),
     ] {
         span(&path.name(name), value, MILLISECOND, DAY, report);
-    }
-}
-
-pub(super) fn kernel(config: &Config, report: &mut Report<'_>) {
-    let path = root("kernel");
-    let drop = &config.kernel.drop;
-    span(
-        &path.name("drop").name("within"),
-        drop.within,
-        SECOND,
-        HOUR,
-        report,
-    );
-    span(&path.name("drop").name("for"), drop.hold, SECOND, DAY, report);
-    super::proxies::escalation(&path.name("drop").name("escalation"), drop, report);
-    if config
-        .kernel
-        .cgroup
-        .as_ref()
-        .is_some_and(|path| !path.is_absolute())
-    {
-        report.error(
-            &path.name("cgroup"),
-            "not an absolute path; cgroup2 is mounted at /sys/fs/cgroup",
-        );
     }
 }
 
