@@ -78,3 +78,12 @@ pub const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
 
 /// Most proxies that a request is followed back over. More than any real path has; a longer list is a mistake or a trick.
 pub const FORWARDED_HOPS_MAX: usize = 32;
+
+/// Clients that user space turns away at the same time: as many as the kernel's map of blocks. 16 bytes each.
+pub const BLOCK_SLOTS: usize = 64 * 1024;
+
+/// Networks blocked by hand at the same time. Every request of a time in which somebody is blocked looks at all of them.
+pub const BLOCK_NETS_MAX: usize = 256;
+
+/// Offenders whose earlier drops are remembered, some 100 bytes each.
+pub const OFFENDERS_MAX: usize = 64 * 1024;

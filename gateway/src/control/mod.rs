@@ -3,6 +3,7 @@
 //! The control thread never stands between a request and its answer. It runs on tokio-uring, which is a current-thread
 //! tokio runtime, so that ordinary libraries run on it; where io_uring is forbidden, on plain tokio.
 
+mod drops;
 mod listen;
 mod plane;
 
@@ -110,6 +111,7 @@ impl Gateway {
         }
         let addresses = listeners.iter().map(|listener| listener.address).collect();
         let tls = listeners.iter().map(|listener| listener.tls.clone()).collect();
+        let trust = listeners.iter().map(|listener| listener.trust.clone()).collect();
         let sockets = listen::by_core(listeners, cores);
         let pins = if config.workers.pin { cpus } else { Vec::new() };
         let threads = core::start(
@@ -131,6 +133,7 @@ impl Gateway {
             log,
             addresses,
             tls,
+            trust,
         )?;
         Ok(Gateway {
             state: Arc::new(state),
@@ -208,6 +211,7 @@ fn load_kernel(
         for listener in listeners {
             kernel.guard(&listener.descriptors())?;
         }
+        kernel.set_exempt(&drops::exempt(config));
         Ok(kernel)
     });
     match loaded {

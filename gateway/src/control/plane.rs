@@ -12,7 +12,11 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{listen::SharedTls, notify};
+use super::{
+    drops::{self, Drops},
+    listen::{SharedTls, SharedTrust},
+    notify,
+};
 use crate::{
     config::{
         self, Config,
@@ -20,10 +24,13 @@ use crate::{
     },
     core::Shared,
     fleet::resolve::Resolver,
-    kernel::{BlockError, Kernel},
+    kernel::Kernel,
     ledger::{Counters, Ledger},
     net::{clock, runtime::Engine, tls},
-    serve::snapshot::{Registry, Snapshot},
+    serve::{
+        snapshot::{Registry, Snapshot},
+        trust::Trust,
+    },
     telemetry::{
         self,
         access::{AccessLog, Destination},
@@ -36,9 +43,6 @@ const TICKS_PER_COUNT: u64 = 50;
 
 /// Blocked clients that the admin API lists at most.
 const BLOCKED_LISTED_MAX: usize = 1000;
-
-/// Offenders taken from the queue in one tick.
-const OFFENDERS_PER_TICK: usize = 256;
 
 /// The gateway as its control thread sees it.
 pub struct State {
@@ -54,6 +58,8 @@ pub struct State {
     blocked: AtomicUsize,
     addresses: Vec<SocketAddr>,
     tls: Vec<SharedTls>,
+    trust: Vec<SharedTrust>,
+    drops: Drops,
     /// What the process was started with: what only a restart changes still is as it says.
     at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
@@ -80,9 +86,13 @@ impl State {
         log: AccessLog,
         addresses: Vec<SocketAddr>,
         tls: Vec<SharedTls>,
+        trust: Vec<SharedTrust>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
         resolver.watch(&registry.endpoints.named());
+        shared
+            .blocks
+            .set_observe(config.kernel.mode == KernelMode::Observe);
         Ok(State {
             shared,
             engine,
@@ -95,6 +105,8 @@ impl State {
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
+            trust,
+            drops: Drops::new(),
             at_start: config.clone(),
             inner: Mutex::new(Inner { config, registry }),
             kernel: kernel.map(Mutex::new),
@@ -115,14 +127,8 @@ impl State {
     /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
     pub fn tick(&self) {
         let kernel = self.kernel().ok();
-        for _ in 0..OFFENDERS_PER_TICK {
-            let Some(client) = self.shared.refusals.next_offender() else {
-                break;
-            };
-            if let Some(kernel) = &kernel {
-                self.drop_offender(kernel, client);
-            }
-        }
+        self.drops
+            .tick(&self.shared, kernel.as_deref(), &self.inner().config);
         let Some(kernel) = kernel else { return };
         if self
             .ticks
@@ -136,17 +142,6 @@ impl State {
             kernel.publish_load(core.core(), streams);
         }
         kernel.tick();
-    }
-
-    fn drop_offender(&self, kernel: &Kernel, client: IpAddr) {
-        let hold = self.inner().config.kernel.drop.hold.0;
-        match kernel.block(kernel.net_of(client), hold) {
-            Ok(()) => {
-                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked")
-            }
-            Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
-            Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
-        }
     }
 
     /// Whether every core has shown itself lately.
@@ -214,6 +209,15 @@ impl State {
                 shared.store(fresh);
             }
         }
+        for (trust, listener) in self
+            .trust
+            .iter()
+            .zip(same_listeners(&self.at_start.listeners, &config.listeners))
+        {
+            if let Some(listener) = listener {
+                trust.store(Arc::new(Trust::new(listener)));
+            }
+        }
         self.follow(&config);
         inner.config = config;
         inner.registry.limits.sweep();
@@ -248,10 +252,13 @@ impl State {
 
     /// Lets everything beside the data plane follow a new configuration.
     fn follow(&self, config: &Config) {
+        self.shared
+            .blocks
+            .set_observe(config.kernel.mode == KernelMode::Observe);
         if let Ok(mut kernel) = self.kernel() {
             kernel.set_observe(config.kernel.mode == KernelMode::Observe);
             kernel.set_steering(config.kernel.steering);
-            kernel.set_exempt(&config.kernel.drop.exempt);
+            kernel.set_exempt(&drops::exempt(config));
         }
         if let Err(error) = logging::set_level(&config.log.level) {
             tracing::warn!(%error, "the log's level stays");
@@ -358,11 +365,15 @@ impl State {
     pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
         self.kernel()?
             .block(client.into(), hold)
-            .map_err(|error| error.to_string())
+            .map_err(|error| error.to_string())?;
+        let net = drops::client_net(&self.inner().config, client);
+        self.drops.block_net(&self.shared, net, hold)
     }
 
     /// Lifts a block; false where there was none.
     pub fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
+        let net = drops::client_net(&self.inner().config, client);
+        self.drops.lift(&self.shared, net);
         self.kernel()?
             .unblock(client.into())
             .map_err(|error| error.to_string())

@@ -15,5 +15,7 @@ mod answer;
 mod body;
 mod dispatch;
 mod ends;
+mod preface;
 mod relay;
+pub mod trust;
 mod upstream;

@@ -8,7 +8,7 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, rc::Rc, sync::Arc, time::Duration};
 
 use super::{
     account::Account,
@@ -16,7 +16,7 @@ use super::{
     body::{self, Body},
     connection::{Client, Next, Served},
     dispatch::{self, Order},
-    ends::Ends,
+    ends::{self, End, Ends},
     keys::Key,
     relay,
     snapshot::{Model, Snapshot},
@@ -37,6 +37,7 @@ use crate::{
     quota::{
         self, Denied, Reservation,
         policy::{Estimate, Report},
+        refusals::Via,
     },
     telemetry::access::{AccessEntry, path_of},
 };
@@ -95,12 +96,15 @@ enum Route {
 /// Serves the request whose head stands at the beginning of `client.inbuf`.
 pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
     let request = begin(client, core);
+    if let Some(left) = core.turned_away(client.origin) {
+        return Served::Done(turn_away(client, core, &request, left).await);
+    }
     let refusal = match exchange(client, core, &request).await {
         Ok(served) => return served,
         Err(refusal) => refusal,
     };
     if let Refusal::Error(error) | Refusal::Denied(error, _) = &refusal {
-        core.note_refusal(client.ip, error);
+        core.note_refusal(client.origin, error);
         log_refusal(client, core, &request, error);
     }
     consume_bodyless(client);
@@ -111,6 +115,35 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
         Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
     };
     Served::Done(write_whole(client, core, &bytes, head).await)
+}
+
+/// Answers a client that is turned away: before its key, its body or its JSON cost anything. It is counted and not
+/// logged, as a connection is not that the kernel drops.
+async fn turn_away(client: &mut Client, core: &Rc<Core>, request: &Request, left: Duration) -> Next {
+    let counters = core.telemetry.counters();
+    counters.clients_turned_away.inc();
+    let error = ends::blocked(Some(left));
+    counters.response(error.status());
+    consume_received(client);
+    let mut head = request.answer(client, core);
+    // A proxy's connection serves others too.
+    head.keep_alive &= client.origin.via == Via::Proxied;
+    let bytes = answer::error(&error, request.dialect, head);
+    write_whole(client, core, &bytes, head).await
+}
+
+/// Drops a request that has been received to its end already.
+fn consume_received(client: &mut Client) {
+    let body = match client.head.framing {
+        Framing::None => 0,
+        Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX),
+        Framing::Chunked => return,
+    };
+    let end = client.head.len.saturating_add(body);
+    if end <= client.inbuf.len() {
+        client.inbuf.drain(..end);
+        client.head.len = 0;
+    }
 }
 
 /// A request without a body ends with its head, whatever became of it.
@@ -269,21 +302,18 @@ fn authenticate(client: &Client, core: &Core, request: &Request) -> Result<Arc<K
     let Some(key) = known.or_else(|| core.shared.keys.get(&hash)) else {
         return Err(Error::new(Kind::Unauthenticated, "incorrect API key provided"));
     };
-    key.pass(client.ip, request.id.unix_ms())?;
+    key.pass(client.origin.ip, request.id.unix_ms())?;
     Ok(key)
 }
 
 async fn receive_body(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Body, Refusal> {
-    match race(
-        body::receive(client, core, request.snapshot.http),
-        core.drain.reached(STOP),
-    )
-    .await
-    {
+    let ends = race(core.drain.reached(STOP), client.seat.blocked());
+    match race(body::receive(client, core, request.snapshot.http), ends).await {
         Either::First(Ok(body)) => Ok(body),
         Either::First(Err(body::Failed::Error(error))) => Err(error.into()),
         Either::First(Err(body::Failed::Gone)) => Err(Refusal::Gone),
-        Either::Second(()) => Err(Error::new(Kind::Stopping, "the gateway is being stopped").into()),
+        Either::Second(Either::First(())) => Err(End::Stop.error().into()),
+        Either::Second(Either::Second(())) => Err(End::Blocked.error().into()),
     }
 }
 
@@ -345,13 +375,13 @@ fn admit(
     let now_ns = clock::monotonic_ns();
     let admission = quota::policy::admit(&key.limits, &model.name, &estimate, now_ns)
         .map_err(|denied| Refusal::Denied(limit_error(&denied), Box::new(denied)))?;
-    core.note_accepted(client.ip);
+    core.note_accepted(client.origin);
     let reservation: Reservation = admission.reservation;
     let account = Account::open(
         core,
         request.id,
         request.started_ns,
-        client.ip,
+        client.origin.ip,
         key,
         model,
         api,
@@ -395,7 +425,8 @@ async fn dispatch(
     key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
-    let ends = race(client.gone(core), Ends::new(core, &key.life));
+    let ends = Ends::new(core, &key.life, &client.seat);
+    let ends = race(client.gone(core), ends);
     let dispatched = race(dispatch::run(core, order, account), ends).await;
     let prompt_only = Usage {
         prompt: account.input_estimated(),
@@ -463,7 +494,7 @@ fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Erro
     core.telemetry.log_access(AccessEntry {
         time_unix_ms: request.id.unix_ms(),
         request_id: Some(request.id),
-        client: Some(client.ip),
+        client: Some(client.origin.ip),
         method: client.head.method.name().into(),
         path: path_of(&path).into(),
         key: known.key,

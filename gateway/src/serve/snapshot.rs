@@ -9,7 +9,10 @@ use crate::{
         schema::{self, Balance, Config},
     },
     fleet::{Endpoints, Provider, Target},
-    quota::{Table, refusals::Rule},
+    quota::{
+        Table,
+        refusals::{Prefixes, Rule},
+    },
 };
 use anyhow::Context;
 
@@ -113,6 +116,10 @@ impl Snapshot {
             refusals: Rule {
                 after: config.kernel.drop.after_refusals,
                 within: config.kernel.drop.within.0,
+                prefixes: Prefixes {
+                    v4: config.kernel.drop.prefix_v4,
+                    v6: config.kernel.drop.prefix_v6,
+                },
             },
         })
     }

@@ -163,6 +163,14 @@ counters! {
     connections_closed,
     /// Connections closed at once because the core was at its limit.
     connections_refused,
+    /// Connections reset at once because their client is turned away.
+    connections_turned_away,
+    /// Requests answered early, and streams ended, because their client is turned away.
+    clients_turned_away,
+    /// Requests and connections that would have been turned away, had the mode not been `observe`.
+    clients_would_turn_away,
+    /// Connections closed because their PROXY header was missing, malformed or from no trusted proxy.
+    proxy_headers_refused,
     /// TLS handshakes with clients completed.
     tls_handshakes,
     /// TLS handshakes with clients failed.
