@@ -140,7 +140,7 @@ fn consume_received(client: &mut Client) {
         Framing::Chunked => return,
     };
     let end = client.head.len.saturating_add(body);
-    if end <= client.inbuf.len() {
+    if client.head.len > 0 && end <= client.inbuf.len() {
         client.inbuf.drain(..end);
         client.head.len = 0;
     }

@@ -222,7 +222,9 @@ mod tests {
     #[test]
     fn an_offender_redeems_itself_once() {
         let refusals = Refusals::default();
-        (0..3).for_each(|_| drop(refusals.refused(client(1), &RULE, SECOND)));
+        for _ in 0..3 {
+            refusals.refused(client(1), &RULE, SECOND);
+        }
         // A refusal in between, after the window, does not hide that it has offended.
         refusals.refused(client(1), &RULE, 60 * SECOND);
         refusals.accepted(client(1), PREFIXES);
