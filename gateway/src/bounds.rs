@@ -87,3 +87,6 @@ pub const BLOCK_NETS_MAX: usize = 256;
 
 /// Offenders whose earlier drops are remembered, some 100 bytes each.
 pub const OFFENDERS_MAX: usize = 64 * 1024;
+
+/// Clients that a core counts one by one for `gateway top`; 88 bytes each.
+pub const CLIENT_SLOTS: usize = 2048;

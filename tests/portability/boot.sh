@@ -54,23 +54,24 @@ dpkg-deb --fsys-tarfile "$deb" | tar -x -C "$kernel" ./boot
 vmlinuz=$(ls "$kernel"/boot/vmlinuz-*)
 
 # The tests look for the gateway where it was built.
-binary=$(sed -n "s|^BINARY=||p" <<<"${GUEST_BINARY:+BINARY=$GUEST_BINARY}")
-binary=${binary:-$target/gateway}
-flood=$(ls -t "$target"/deps/flood-* | grep -v '\.d$' | head -1)
+binary=$target/gateway
+flood=$(find "$target/deps" -name 'flood-*' -executable -type f -printf '%T@ %p\n' | sort -rn | sed 's/^[^ ]* //;q')
+[ -n "$flood" ] && [ -x "$binary" ] || { say "build first: cargo build --bin gateway; cargo test --no-run --test flood"; exit 1; }
 tree=$work/root-$arch
 rm -rf "$tree"
 mkdir -p "$tree"/{bin,proc,sys,tmp,dev,etc,lib64,"lib/$triple","$(dirname "$binary")"}
 if [ "$arch" = x86_64 ]; then
   cp "$(command -v busybox)" "$tree/bin/busybox"
 else
-  busybox=$(ls -t "$work"/busybox-static_*_arm64.deb 2>/dev/null | head -1)
+  busybox=$(ls -t "$work"/busybox-static_*_arm64.deb 2>/dev/null | head -1 || true)
   [ -n "$busybox" ] || { (cd "$work" && apt-get download -q busybox-static:arm64 >&2); busybox=$(ls -t "$work"/busybox-static_*_arm64.deb | head -1); }
   dpkg-deb --fsys-tarfile "$busybox" | tar -x -C "$tree" ./bin/busybox
 fi
 "$strip" -o "$tree$binary" "$target/gateway"
 "$strip" -o "$tree/bin/flood" "$flood"
 for library in libgcc_s.so.1 libm.so.6 libc.so.6; do
-  found=$(ls "$root/lib/$triple/$library" "$root/lib/$library" 2>/dev/null | head -1)
+  found=$root/lib/$triple/$library
+  [ -e "$found" ] || found=$root/lib/$library
   cp -L "$found" "$tree/lib/$triple/"
 done
 mkdir -p "$tree$(dirname "$loader")"

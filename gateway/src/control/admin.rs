@@ -5,6 +5,7 @@
 //! |------------------------|---------------------------------------------------------------|
 //! | `GET /healthz`         | `ok` while the control thread runs; the one without a token   |
 //! | `GET /metrics`         | Prometheus text                                               |
+//! | `GET /top`             | clients and keys, the busiest first: `?sort=tokens&limit=50`   |
 //! | `GET /status`          | the state as JSON                                             |
 //! | `POST /reload`         | puts the configuration file in force; 422 where it is wrong   |
 //! | `GET /kernel`          | the kernel plane in detail                                    |
@@ -18,6 +19,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 mod token;
+pub mod top;
 
 use std::{
     future::Future,
@@ -91,6 +93,10 @@ pub trait Plane: Send + Sync + 'static {
     fn status(&self) -> BoxFuture<'_, Value>;
     /// Prometheus text.
     fn metrics(&self) -> BoxFuture<'_, String>;
+    /// Clients and keys, for `gateway top`.
+    fn top(&self, _query: &top::Query) -> Value {
+        Value::Null
+    }
     /// Puts the configuration file in force; says what happened, or why nothing did.
     fn reload(&self) -> Result<String, String>;
     /// The kernel plane in detail.
@@ -197,6 +203,7 @@ fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
     Router::new()
         .route("/metrics", get(metrics))
         .route("/status", get(status))
+        .route("/top", get(top::show))
         .route("/reload", post(reload))
         .route("/kernel", get(kernel))
         .route("/kernel/block", post(block))

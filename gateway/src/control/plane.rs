@@ -1,6 +1,7 @@
 //! What the control thread knows and can do: the state behind the admin API.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{
@@ -13,6 +14,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{
+    admin::top,
     drops::{self, Drops},
     listen::{SharedTls, SharedTrust},
     notify,
@@ -43,6 +45,9 @@ const TICKS_PER_COUNT: u64 = 50;
 
 /// Blocked clients that the admin API lists at most.
 const BLOCKED_LISTED_MAX: usize = 1000;
+
+/// Clients that are taken from the kernel for `gateway top`, those with the most connections first.
+const TOP_CLIENTS_MAX: usize = 4096;
 
 /// The gateway as its control thread sees it.
 pub struct State {
@@ -323,6 +328,39 @@ impl State {
     /// Sums by key and model since the start, of what the ledger has folded.
     pub fn model_totals(&self) -> Vec<(String, String, Counters)> {
         self.ledger.totals()
+    }
+
+    /// Clients and keys, for `gateway top`.
+    pub fn top(&self, query: &top::Query) -> Value {
+        let mut clients = top::Clients::default();
+        let mut sums = HashMap::new();
+        for core in &self.shared.cores {
+            core.clients().add_to(&mut sums);
+        }
+        clients.figures(sums);
+        let off = match self.kernel() {
+            Ok(kernel) => {
+                clients.kernel(kernel.clients(TOP_CLIENTS_MAX));
+                for blocked in kernel.blocked().iter().take(TOP_CLIENTS_MAX) {
+                    let seconds = blocked.remaining.as_secs_f64();
+                    clients.blocked(blocked.net.addr(), seconds, blocked.dropped);
+                }
+                None
+            }
+            Err(reason) => Some(reason),
+        };
+        let totals = telemetry::totals(&self.shared.cores);
+        json!({
+            "connections": totals.connections_open(),
+            "streams": totals.streams_open(),
+            "requests": totals.requests,
+            "refusals": totals.refused_total() + totals.clients_turned_away,
+            "tokens": totals.tokens_prompt.saturating_add(totals.tokens_completion),
+            "uptime_seconds": self.started.elapsed().as_secs_f64(),
+            "kernel_off": off,
+            "clients": clients.json(query),
+            "keys": top::keys(self.ledger.totals(), query),
+        })
     }
 
     /// The kernel plane in detail, for `gateway kernel status`.

@@ -26,7 +26,7 @@ use crate::{
     net::{clock, signal::Signal, sleep},
     quota::refusals::{Blocks, Origin, Refusals},
     serve::{keys::Keys, snapshot::Snapshot},
-    telemetry::{CoreShared, CoreTelemetry, Refusal},
+    telemetry::{CoreShared, CoreTelemetry, Refusal, clients::Event},
 };
 
 use seats::Seats;
@@ -205,6 +205,7 @@ impl Core {
             _ => Refusal::Overloaded,
         };
         self.telemetry.counters().refuse(reason);
+        self.telemetry.client(client.ip, Event::Refused);
         if error.kind.source() == Source::Client {
             let rule = self.shared.snapshot.load().refusals;
             self.shared.refusals.refused(client, &rule, clock::monotonic_ns());
@@ -215,6 +216,7 @@ impl Core {
     pub fn note_accepted(&self, client: Origin) {
         let prefixes = self.shared.snapshot.load().refusals.prefixes;
         self.shared.refusals.accepted(client, prefixes);
+        self.telemetry.client(client.ip, Event::Accepted);
     }
 
     /// For how long a client is turned away; None when it is let in. In the mode `observe` it is counted and let in.

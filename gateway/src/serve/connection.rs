@@ -1,6 +1,6 @@
 //! A client's connection: one request after the other, and its end.
 
-use std::{io, rc::Rc, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 
@@ -11,6 +11,7 @@ use crate::{
     http::head::{HeadError, RequestHead},
     net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
     quota::refusals::{Origin, Via},
+    telemetry::clients::Event,
 };
 
 /// How long a connection that is closed after an error is read on, so that the client gets to see the error
@@ -110,6 +111,7 @@ pub async fn run(
         },
     };
     let sitting = core.seats.take();
+    let _open = Open::new(&core, hop.ip);
     sitting.seat.serve((hop.via != Via::Proxy).then_some(hop));
     let conn = match tls {
         None => Conn::plain(sock),
@@ -165,6 +167,25 @@ pub async fn run(
         client.forget_request();
         idle = http.idle_timeout;
         is_new = false;
+    }
+}
+
+/// Counts a client's connection for as long as it is open.
+struct Open<'c> {
+    core: &'c Core,
+    client: IpAddr,
+}
+
+impl Open<'_> {
+    fn new(core: &Core, client: IpAddr) -> Open<'_> {
+        core.telemetry.client(client, Event::Opened);
+        Open { core, client }
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.core.telemetry.client(self.client, Event::Closed);
     }
 }
 

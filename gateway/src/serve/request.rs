@@ -39,7 +39,10 @@ use crate::{
         policy::{Estimate, Report},
         refusals::Via,
     },
-    telemetry::access::{AccessEntry, path_of},
+    telemetry::{
+        access::{AccessEntry, path_of},
+        clients::Event,
+    },
 };
 
 /// Seconds after which a client that met a stopping or full gateway may try again.
@@ -122,6 +125,7 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
 async fn turn_away(client: &mut Client, core: &Rc<Core>, request: &Request, left: Duration) -> Next {
     let counters = core.telemetry.counters();
     counters.clients_turned_away.inc();
+    core.telemetry.client(client.origin.ip, Event::Refused);
     let error = ends::blocked(Some(left));
     counters.response(error.status());
     consume_received(client);

@@ -24,6 +24,11 @@ impl Counter {
         self.add(1);
     }
 
+    /// Starts again at 0. Only the owning core calls this.
+    pub(super) fn clear(&self) {
+        self.0.store(0, Relaxed);
+    }
+
     /// The count so far; from any thread.
     #[inline]
     pub fn get(&self) -> u64 {
