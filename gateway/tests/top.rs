@@ -6,6 +6,8 @@ use std::{
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr},
     process::{Command, Stdio},
+    sync::mpsc,
+    time::Instant,
 };
 
 use support::{
@@ -13,6 +15,16 @@ use support::{
     client::{Client, chat_request},
     eventually, fleet, skipped,
 };
+
+/// Kills a command that a failing test leaves behind.
+struct Killed(std::process::Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
 
 const ONE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 31));
 const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 32));
@@ -105,8 +117,8 @@ fn once_and_json_print_and_end() {
     let text = String::from_utf8(output.stdout).expect("text");
     assert!(output.status.success(), "{text}");
     let lines: Vec<&str> = text.lines().collect();
-    assert!(lines[0].starts_with("connections 2 "), "{text}");
-    assert!(lines[1].contains("not known: switched off"), "{text}");
+    assert!(lines[0].starts_with("by refusals: connections 2 "), "{text}");
+    assert!(lines[1].contains("switched off"), "{text}");
     let head = lines.iter().position(|line| line.starts_with("CLIENT"));
     let first = lines[head.expect("a table") + 1];
     assert!(first.starts_with(&OTHER.to_string()), "{text}");
@@ -125,6 +137,20 @@ fn once_and_json_print_and_end() {
     drop(directory);
 }
 
+/// What comes out of a pipe, so that it can be waited for with a deadline.
+fn drawn(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(n @ 1..) = pipe.read(&mut buffer) {
+            if sender.send(buffer[..n].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
 /// On a terminal it draws until a key ends it, and leaves the terminal as it was.
 #[test]
 fn live_on_a_terminal_until_a_key_ends_it() {
@@ -139,21 +165,28 @@ fn live_on_a_terminal_until_a_key_ends_it() {
     }
     for end in [b"q".as_slice(), b"\x03"] {
         let command = format!("{BINARY} top --every 200ms {}", reach(&gateway).join(" "));
-        let mut child = Command::new("script")
+        let child = Command::new("script")
             .args(["-qefc", &command, "/dev/null"])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("script");
-        let mut input = child.stdin.take().expect("a pipe");
-        let mut output = child.stdout.take().expect("a pipe");
+        let mut child = Killed(child);
+        let mut input = child.0.stdin.take().expect("a pipe");
+        let drawn = drawn(child.0.stdout.take().expect("a pipe"));
         let mut seen = Vec::new();
-        let mut receive_until = |text: &str, seen: &mut Vec<u8>| {
-            let mut buffer = [0; 4096];
+        let receive_until = |text: &str, seen: &mut Vec<u8>| {
+            let began = Instant::now();
             while memchr::memmem::find(seen, text.as_bytes()).is_none() {
-                let n = output.read(&mut buffer).expect("the terminal");
-                assert!(n > 0, "{text:?} did not come: {}", seen.escape_ascii());
-                seen.extend_from_slice(&buffer[..n]);
+                assert!(
+                    began.elapsed() < PATIENCE,
+                    "{text:?} did not come: {}",
+                    seen.escape_ascii()
+                );
+                match drawn.recv_timeout(PATIENCE) {
+                    Ok(bytes) => seen.extend(bytes),
+                    Err(_) => panic!("{text:?} did not come: {}", seen.escape_ascii()),
+                }
             }
         };
         receive_until("by connections", &mut seen);
@@ -161,8 +194,8 @@ fn live_on_a_terminal_until_a_key_ends_it() {
         receive_until("by tokens", &mut seen);
         input.write_all(end).expect("a key");
         receive_until("\u{1b}[?1049l", &mut seen);
-        let began = std::time::Instant::now();
-        let status = eventually("it ends", || child.try_wait().expect("a child"));
+        let began = Instant::now();
+        let status = eventually("it ends", || child.0.try_wait().expect("a child"));
         assert!(status.success() && began.elapsed() < PATIENCE);
         assert!(
             memchr::memmem::find(&seen, b"\x1b[?25h").is_some(),

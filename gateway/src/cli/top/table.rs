@@ -55,14 +55,14 @@ impl Rates {
 pub fn render(state: &Value, sort: Sort, rates: &Rates, room: Option<(u16, u16)>) -> Vec<String> {
     let count = |name: &str| whole(number(state, name));
     let mut lines = vec![format!(
-        "connections {}  streams {}  requests {}  refusals {}  tokens {}  up {}  by {}",
+        "by {}: connections {}  streams {}  requests {}  refusals {}  tokens {}  up {}",
+        sort.name(),
         count("connections"),
         count("streams"),
         count("requests"),
         count("refusals"),
         count("tokens"),
         duration(number(state, "uptime_seconds")),
-        sort.name(),
     )];
     if let Some(reason) = state["kernel_off"].as_str() {
         lines.push(format!(
@@ -208,7 +208,7 @@ mod tests {
         rates.learn(&state(12.0, 24));
         let text = render(&state(12.0, 24), Sort::Tokens, &rates, None).join("\n");
         let wanted = "\
-connections 3  streams 1  requests 12  refusals 0  tokens 2.5M  up 12.0 s  by tokens
+by tokens: connections 3  streams 1  requests 12  refusals 0  tokens 2.5M  up 12.0 s
 RTT, RETR and drops are not known: CAP_BPF is missing [2J
 
 CLIENT    CONN  REQ/S  TOK/S  REQUESTS  TOKENS  REFUSED       IN      OUT  RTT  RETR  BLOCKED
