@@ -8,8 +8,8 @@
 mod client;
 mod maps;
 
-pub use client::{ClientKey, V4_MAPPED_PREFIX};
-pub use maps::{Block, Client, Listeners, Settings, Totals, names};
+pub use client::{ClientKey, Mask, Prefixes, V4_MAPPED_PREFIX};
+pub use maps::{Block, Client, Conn, LIFE_BUCKETS, Listeners, Port, Settings, TYPES, Totals, names};
 
 /// Cores whose listeners may stand in one `SO_REUSEPORT` group. A core's slot in the socket array is
 /// `group * CORES_MAX + core`, so the bound also sets the array's stride: 8 bytes a slot.
@@ -21,12 +21,22 @@ pub const GROUPS_MAX: u32 = 64;
 /// CPUs that the steering map knows. What arrives on a CPU above it is spread over the cores by its hash.
 pub const CPUS_MAX: u32 = 1024;
 
-/// Clients that can be blocked at the same time; about 7 MiB of kernel memory. The least recently hit goes first.
+/// Clients that can be blocked at the same time. When the map is full, the one goes whose connections were least recently
+/// attempted.
 pub const BLOCKS_MAX: u32 = 65_536;
 
-/// Clients whose connections are counted one by one; about 9 MiB. The least recently seen goes first: the totals
-/// stay right, that client's own figures start again.
+/// Networks other than one client's that can be blocked at the same time: operators' work, a list that a person still reads.
+pub const NETS_MAX: u32 = 4096;
+
+/// Exempt networks, the host's own two addresses included.
+pub const EXEMPT_MAX: u32 = 4096;
+
+/// Clients whose connections are counted one by one. The least recently seen goes first: the totals stay right, that
+/// client's own figures start again.
 pub const CLIENTS_MAX: u32 = 65_536;
+
+/// Clients whose rate of new connections is watched. The least recently seen goes first, and has its burst again.
+pub const RATES_MAX: u32 = 65_536;
 
 /// Local ports whose connections are counted.
 pub const PORTS_MAX: u32 = 256;
@@ -34,12 +44,19 @@ pub const PORTS_MAX: u32 = 256;
 /// No core: the value of a CPU that has none in the steering map.
 pub const CORE_NONE: u32 = u32::MAX;
 
-/// A core keeps its own CPU's connections until it has this many more than the least loaded core …
-pub const LOAD_SLACK: u64 = 32;
+/// A core keeps its own CPU's connections until it has this many more than another …
+pub const LOAD_SLACK: u64 = 4;
 
-/// … and a quarter more (`1 / 2^LOAD_SHARE_SHIFT`). Staying on the CPU that took the packet saves a cache miss a
-/// packet and a wake-up across cores; a quarter more streams costs that core less than the move would.
-pub const LOAD_SHARE_SHIFT: u32 = 2;
+/// … and a sixteenth more (`1 / 2^LOAD_SHARE_SHIFT`). Staying on the CPU that took the packet saves a cache miss a packet and
+/// a wake-up across cores, so small differences are left alone; from some 50 streams a core on, cores are within 10 % of each other.
+pub const LOAD_SHARE_SHIFT: u32 = 4;
+
+/// How long an unknown client's unfinished attempt is held to be at work, nanoseconds: the time in which a SYN-ACK is
+/// repeated twice (after 1 s and 3 s, RFC 6298), so in which an honest client answers.
+pub const HALF_OPEN_NS: u64 = 4_000_000_000;
+
+/// How often an open connection's figures are added to the counters at most, nanoseconds. The last addition is at its end.
+pub const TELL_NS: u64 = 1_000_000_000;
 
 /// Least time between two log lines of one CPU about dropped clients. A flood must not become a flood of lines.
 pub const LOG_PAUSE_NS: u64 = 100_000_000;
@@ -52,6 +69,50 @@ pub const fn overloaded(own: u64, least: u64) -> bool {
     own > least + (least >> LOAD_SHARE_SHIFT) + LOAD_SLACK
 }
 
+/// Identifies the shared types and the bounds of the maps: maps of another layout are not taken over. FNV-1a over the names,
+/// offsets and sizes of all fields.
+pub const LAYOUT: u64 = layout();
+
+/// Stands in the object before its own [`LAYOUT`], in the byte order of the target.
+pub const LAYOUT_MARK: [u8; 8] = *b"GWLAYOUT";
+
+const fn layout() -> u64 {
+    let mut hash = 0xcbf2_9ce4_8422_2325;
+    let mut at = 0;
+    while at < TYPES.len() {
+        let (name, size, fields) = TYPES[at];
+        hash = fnv(fnv_name(hash, name), size as u64);
+        let mut field = 0;
+        while field < fields.len() {
+            let (name, offset, size) = fields[field];
+            hash = fnv(fnv(fnv_name(hash, name), offset as u64), size as u64);
+            field += 1;
+        }
+        at += 1;
+    }
+    let bounds = [BLOCKS_MAX, NETS_MAX, CLIENTS_MAX, RATES_MAX, PORTS_MAX];
+    at = 0;
+    while at < bounds.len() {
+        hash = fnv(hash, bounds[at] as u64);
+        at += 1;
+    }
+    hash
+}
+
+const fn fnv_name(mut hash: u64, name: &str) -> u64 {
+    let bytes = name.as_bytes();
+    let mut at = 0;
+    while at < bytes.len() {
+        hash = fnv(hash, bytes[at] as u64);
+        at += 1;
+    }
+    hash
+}
+
+const fn fnv(hash: u64, value: u64) -> u64 {
+    (hash ^ value).wrapping_mul(0x0000_0100_0000_01b3)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -61,8 +122,8 @@ mod tests {
         assert!(!overloaded(0, 0));
         assert!(!overloaded(LOAD_SLACK, 0));
         assert!(overloaded(LOAD_SLACK + 1, 0));
-        assert!(!overloaded(1250 + LOAD_SLACK, 1000));
-        assert!(overloaded(1251 + LOAD_SLACK, 1000));
+        assert!(!overloaded(1700 + LOAD_SLACK, 1600));
+        assert!(overloaded(1701 + LOAD_SLACK, 1600));
         assert!(!overloaded(5, 1000), "an idle core never gives work away");
     }
 }

@@ -2,41 +2,41 @@
 //!
 //! Returns 1 always: 0 would override the answers of other programs on the cgroup (`tcp_call_bpf`, include/net/tcp.h).
 
+use core::ptr::null_mut;
+
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{
-        BPF_NOEXIST, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
-        BPF_TCP_CLOSE, BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT1,
-        BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK, bpf_sock_ops,
+        BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_RTT_CB,
+        BPF_SOCK_OPS_RTT_CB_FLAG, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG, BPF_TCP_CLOSE,
+        BPF_TCP_CLOSE_WAIT, BPF_TCP_CLOSING, BPF_TCP_ESTABLISHED, BPF_TCP_FIN_WAIT2, BPF_TCP_LAST_ACK,
+        bpf_sock_ops,
     },
-    helpers::{bpf_ktime_get_ns, generated::bpf_get_socket_cookie},
+    helpers::{
+        bpf_ktime_get_ns,
+        generated::{bpf_get_socket_cookie, bpf_sk_storage_get},
+    },
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use gateway_common::{Client, ClientKey};
+use gateway_common::{Client, ClientKey, Conn, LIFE_BUCKETS, Port, Settings, TELL_NS};
 
-use crate::maps::{CLIENTS, PORTS, TOTALS, add, count};
+use crate::{
+    judge::give_back,
+    maps::{CLIENTS, CONNS, FRESH, PORTS, SETTINGS, TOTALS, add, add_u32, count},
+};
 
 const AF_INET: u32 = 2;
 const AF_INET6: u32 = 10;
 
-/// What a client's entry starts as. In read-only data and not on the stack, where zeroing it would be a loop over a stack
-/// pointer, admitted only with CAP_PERFMON. Its name is kept plain: a mangled one has a hash of where it was built.
-#[unsafe(no_mangle)]
-static EMPTY: Client = Client {
-    opened: 0,
-    closed: 0,
-    bytes_in: 0,
-    bytes_out: 0,
-    retransmits: 0,
-    srtt_us: 0,
-    seen_ns: 0,
-};
+/// The end of a connection, and once a round trip at most its figures so far (`tcp_rtt_estimator`, net/ipv4/tcp_input.c).
+const WATCHED: u32 = BPF_SOCK_OPS_STATE_CB_FLAG as u32 | BPF_SOCK_OPS_RTT_CB_FLAG as u32;
 
 #[sock_ops]
 pub fn connections(ctx: SockOpsContext) -> u32 {
     match ctx.op() {
         BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => opened(&ctx),
+        BPF_SOCK_OPS_RTT_CB => measured(&ctx),
         BPF_SOCK_OPS_STATE_CB => state_changed(&ctx),
         _ => {}
     }
@@ -47,29 +47,66 @@ pub fn connections(ctx: SockOpsContext) -> u32 {
 /// operation, those of other services on the cgroup with another local port.
 #[inline(always)]
 fn opened(ctx: &SockOpsContext) {
-    if !is_ours(ctx) {
-        return;
-    }
-    let Some(client) = client_of(ctx) else {
+    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
         return;
     };
-    // Without this flag the kernel does not report the end; other programs' flags are kept.
-    if ctx
-        .set_cb_flags((ctx.cb_flags() | BPF_SOCK_OPS_STATE_CB_FLAG as u32) as i32)
-        .is_err()
-    {
+    let Some(client) = client_of(ctx, settings) else {
         return;
-    }
-    count!(opened);
-    let Some(entry) = entry_of(&client) else {
+    };
+    let Some(conn) = conn_of(ctx, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
         count!(untracked);
         return;
     };
-    // SAFETY: a live value of the map; counters are raised atomically, `seen_ns` is one aligned word.
-    unsafe {
-        add(&raw mut (*entry).opened, 1);
-        (*entry).seen_ns = bpf_ktime_get_ns();
+    // Without these flags the kernel does not report the end; other programs' flags are kept.
+    if ctx.set_cb_flags((ctx.cb_flags() | WATCHED) as i32).is_err() {
+        return;
     }
+    // SAFETY: the helper has no preconditions.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: live values of maps; the connection's is this program's alone, with the socket locked, and counters are raised
+    // atomically.
+    unsafe {
+        (*conn).told_ns = now_ns;
+        (*conn).opened_ns = now_ns;
+        add(&raw mut (*port).opened, 1);
+    }
+    count!(opened);
+    let Some((entry, known)) = entry_for(&client, now_ns) else {
+        count!(untracked);
+        return;
+    };
+    if !known {
+        give_back(settings);
+    }
+    // SAFETY: as above; `seen_ns` is one aligned word.
+    unsafe {
+        (*conn).born_ns = (*entry).born_ns;
+        add(&raw mut (*entry).opened, 1);
+        (*entry).seen_ns = now_ns;
+    }
+}
+
+/// A round trip was measured: now and then the moment to tell what an open connection has carried so far.
+#[inline(always)]
+fn measured(ctx: &SockOpsContext) {
+    let Some(conn) = conn_of(ctx, 0) else {
+        return;
+    };
+    // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked; a read of a context field.
+    let (now_ns, told_ns, state) = unsafe { (bpf_ktime_get_ns(), (*conn).told_ns, (*ctx.ops).state) };
+    if now_ns.wrapping_sub(told_ns) < TELL_NS || state != BPF_TCP_ESTABLISHED {
+        return;
+    }
+    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
+        return;
+    };
+    let entry = known(ctx, settings);
+    // No FIN either way in this state, so the kernel's figures are payload alone.
+    // SAFETY: reads of context fields.
+    let payload = unsafe { ((*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
+    tell(ctx, conn, port, entry, payload);
+    // SAFETY: as above.
+    unsafe { (*conn).told_ns = now_ns };
 }
 
 #[inline(always)]
@@ -78,47 +115,131 @@ fn state_changed(ctx: &SockOpsContext) {
     if next == BPF_TCP_FIN_WAIT2 {
         half_closed(ctx);
     }
-    if next != BPF_TCP_CLOSE || !is_ours(ctx) {
+    if next != BPF_TCP_CLOSE || state == BPF_TCP_CLOSE {
         return;
     }
-    // A connection that another program asked us to watch may end before it was ever established.
-    if !matches!(
-        state,
-        BPF_TCP_ESTABLISHED
-            | BPF_TCP_FIN_WAIT1
-            | BPF_TCP_FIN_WAIT2
-            | BPF_TCP_CLOSE_WAIT
-            | BPF_TCP_LAST_ACK
-            | BPF_TCP_CLOSING
-    ) {
+    // Without an entry it was not counted when it opened, or another program asked us to watch it.
+    let Some(conn) = conn_of(ctx, 0) else {
+        return;
+    };
+    // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked.
+    let (now_ns, opened_ns, born_ns) = unsafe { (bpf_ktime_get_ns(), (*conn).opened_ns, (*conn).born_ns) };
+    if opened_ns == 0 {
         return;
     }
-    let Some(client) = client_of(ctx) else {
+    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
         return;
     };
-    let (bytes_in, bytes_out) = payload(ctx, state);
-    // SAFETY: reads of a context field, aligned, as the verifier demands.
-    let (retransmits, srtt_us) = unsafe {
-        (
-            u64::from((*ctx.ops).total_retrans),
-            u64::from((*ctx.ops).srtt_us >> 3),
-        )
-    };
+    let entry = known(ctx, settings);
+    tell(ctx, conn, port, entry, payload(ctx, state));
+    // SAFETY: as above. A connection ends once: its end is not counted again whatever states follow.
+    unsafe { (*conn).opened_ns = 0 };
+    let life_ms = now_ns.wrapping_sub(opened_ns) / 1_000_000;
     count!(closed);
+    count!(life_ms, life_ms);
+    let bucket = opaque(conn, bucket_of(life_ms));
+    if bucket >= LIFE_BUCKETS {
+        return;
+    }
+    count_life(bucket);
+    // SAFETY: live values of maps, raised atomically.
+    unsafe {
+        add(&raw mut (*port).closed, 1);
+        add((&raw mut (*port).life).cast::<u64>().add(bucket), 1);
+    }
+    if entry.is_null() {
+        return;
+    }
+    // SAFETY: as above.
+    unsafe {
+        if (*entry).born_ns != born_ns {
+            return;
+        }
+        add(&raw mut (*entry).closed, 1);
+        add_u32((&raw mut (*entry).life).cast::<u32>().add(bucket), 1);
+        (*entry).seen_ns = now_ns;
+    }
+}
+
+/// Adds to the counters what they do not have yet of a connection's payload (in, out) and repeated segments.
+#[inline(always)]
+fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Client, payload: (u64, u64)) {
+    // SAFETY: reads of context fields, aligned, as the verifier demands; a live value of the map, with the socket locked.
+    let (bytes_in, bytes_out, retransmits, srtt_us) = unsafe {
+        let repeated = u64::from((*ctx.ops).total_retrans);
+        let bytes_in = payload.0.saturating_sub((*conn).bytes_in);
+        let bytes_out = payload.1.saturating_sub((*conn).bytes_out);
+        let retransmits = repeated.saturating_sub((*conn).retransmits);
+        (*conn).bytes_in += bytes_in;
+        (*conn).bytes_out += bytes_out;
+        (*conn).retransmits += retransmits;
+        (bytes_in, bytes_out, retransmits, u64::from((*ctx.ops).srtt_us >> 3))
+    };
     count!(bytes_in, bytes_in);
     count!(bytes_out, bytes_out);
     count!(retransmits, retransmits);
-    let Some(entry) = entry_of(&client) else {
-        return;
-    };
-    // SAFETY: as in `opened`.
+    // SAFETY: live values of maps, raised atomically; `srtt_us` is one aligned word.
     unsafe {
-        add(&raw mut (*entry).closed, 1);
-        add(&raw mut (*entry).bytes_in, bytes_in);
-        add(&raw mut (*entry).bytes_out, bytes_out);
-        add(&raw mut (*entry).retransmits, retransmits);
-        (*entry).srtt_us = srtt_us;
-        (*entry).seen_ns = bpf_ktime_get_ns();
+        add(&raw mut (*port).bytes_in, bytes_in);
+        add(&raw mut (*port).bytes_out, bytes_out);
+        add(&raw mut (*port).retransmits, retransmits);
+        if !entry.is_null() {
+            add(&raw mut (*entry).bytes_in, bytes_in);
+            add(&raw mut (*entry).bytes_out, bytes_out);
+            add(&raw mut (*entry).retransmits, retransmits);
+            (*entry).srtt_us = srtt_us;
+        }
+    }
+}
+
+/// The bucket of a life: as many bits as its milliseconds have, below `LIFE_BUCKETS`.
+#[inline(always)]
+fn bucket_of(life_ms: u64) -> usize {
+    // By steps, because the target has no instruction to count bits. 49 days are beyond the last bucket anyway.
+    let mut rest = life_ms.min(u64::from(u32::MAX)) as u32;
+    let mut bits = 0;
+    if rest >= 1 << 16 {
+        bits += 16;
+        rest >>= 16;
+    }
+    if rest >= 1 << 8 {
+        bits += 8;
+        rest >>= 8;
+    }
+    if rest >= 1 << 4 {
+        bits += 4;
+        rest >>= 4;
+    }
+    if rest >= 1 << 2 {
+        bits += 2;
+        rest >>= 2;
+    }
+    bits += match rest {
+        0 => 0,
+        1 => 1,
+        _ => 2,
+    };
+    if bits < LIFE_BUCKETS { bits } else { LIFE_BUCKETS - 1 }
+}
+
+/// The same number, as one of which the verifier knows nothing. It follows each path through `bucket_of` with the number that
+/// comes out, and without CAP_PERFMON it refuses an offset into a map's value that is a constant on one path and a range on
+/// another (`sanitize_ptr_alu`, kernel/bpf/verifier.c).
+#[inline(always)]
+fn opaque(conn: *mut Conn, number: usize) -> usize {
+    // SAFETY: a live value of the map, with the socket locked; the connection is at its end, and this field is of no more use.
+    unsafe {
+        let scratch = &raw mut (*conn).told_ns;
+        scratch.write_volatile(number as u64);
+        scratch.read_volatile() as usize
+    }
+}
+
+#[inline(always)]
+fn count_life(bucket: usize) {
+    if let Some(totals) = TOTALS.get_ptr_mut(0) {
+        // SAFETY: a live value of the map; the bucket is within the array.
+        add(unsafe { (&raw mut (*totals).life).cast::<u64>().add(bucket) }, 1);
     }
 }
 
@@ -177,23 +298,40 @@ fn is_let_go(ctx: &SockOpsContext, received: u64) -> bool {
     totals.half_closed == cookie && totals.half_closed_in == received
 }
 
-/// True when the connection came in on one of the gateway's ports.
+/// The counters of the port that the connection came in on, when it is one of the gateway's.
 #[inline(always)]
-fn is_ours(ctx: &SockOpsContext) -> bool {
-    PORTS.get_ptr(ctx.local_port()).is_some()
+fn port_of(ctx: &SockOpsContext) -> Option<*mut Port> {
+    PORTS.get_ptr_mut(ctx.local_port())
+}
+
+/// What is known of the connection; made when there is nothing and the flags say so.
+#[inline(always)]
+fn conn_of(ctx: &SockOpsContext, flags: u64) -> Option<*mut Conn> {
+    // SAFETY: a read of a context field; the helper takes the map and the context's socket, which the verifier wants to see
+    // compared with null.
+    let conn = unsafe {
+        let socket = (*ctx.ops).__bindgen_anon_2.sk;
+        if socket.is_null() {
+            return None;
+        }
+        let map = (&raw const CONNS).cast_mut();
+        bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), flags).cast::<Conn>()
+    };
+    (!conn.is_null()).then_some(conn)
 }
 
 #[inline(always)]
-fn client_of(ctx: &SockOpsContext) -> Option<ClientKey> {
-    match ctx.family() {
-        AF_INET => Some(ClientKey::v4(ctx.remote_ip4().to_ne_bytes())),
-        AF_INET6 => Some(ClientKey::v6(remote_ip6(ctx.ops))),
-        _ => None,
-    }
+fn client_of(ctx: &SockOpsContext, settings: &Settings) -> Option<ClientKey> {
+    let whole = match ctx.family() {
+        AF_INET => ClientKey::v4(ctx.remote_ip4().to_ne_bytes()),
+        AF_INET6 => ClientKey::v6(remote_ip6(ctx.ops)),
+        _ => return None,
+    };
+    Some(whole.cut(settings.mask_v4, settings.mask_v6))
 }
 
 /// Word by word and volatile: the verifier refuses a wider load of this context. Built as a number and not in an array, for
-/// the reason of `EMPTY`.
+/// the reason of `FRESH`.
 #[inline(always)]
 fn remote_ip6(ops: *mut bpf_sock_ops) -> [u8; 16] {
     // SAFETY: reads of context words.
@@ -201,12 +339,27 @@ fn remote_ip6(ops: *mut bpf_sock_ops) -> [u8; 16] {
     (word(0) | word(1) << 32 | word(2) << 64 | word(3) << 96).to_le_bytes()
 }
 
-/// The client's entry, made when there is none. Two CPUs may race to make it: the second insert fails and finds the first's.
+/// The client's entry; null: none (see `block_of` for why).
 #[inline(always)]
-fn entry_of(client: &ClientKey) -> Option<*mut Client> {
+fn known(ctx: &SockOpsContext, settings: &Settings) -> *mut Client {
+    let Some(client) = client_of(ctx, settings) else {
+        return null_mut();
+    };
+    CLIENTS.get_ptr_mut(&client).unwrap_or(null_mut())
+}
+
+/// The client's entry, and whether it was there already. Two CPUs may race to make it: the second insert fails and finds the
+/// first's.
+#[inline(always)]
+fn entry_for(client: &ClientKey, now_ns: u64) -> Option<(*mut Client, bool)> {
     if let Some(entry) = CLIENTS.get_ptr_mut(client) {
-        return Some(entry);
+        return Some((entry, true));
     }
-    let _ = CLIENTS.insert(client, &EMPTY, u64::from(BPF_NOEXIST));
-    CLIENTS.get_ptr_mut(client)
+    let fresh = FRESH.get_ptr_mut(0)?;
+    // SAFETY: this CPU's value, of which nothing but `born_ns` is ever written.
+    unsafe {
+        (*fresh).born_ns = now_ns;
+        let _ = CLIENTS.insert(client, &*fresh, u64::from(BPF_NOEXIST));
+    }
+    CLIENTS.get_ptr_mut(client).map(|entry| (entry, false))
 }

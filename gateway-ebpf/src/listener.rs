@@ -23,7 +23,10 @@ use aya_ebpf::{
 use aya_log_ebpf::info;
 use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, Settings, overloaded};
 
-use crate::maps::{BLOCKS, CPU_CORES, GROUPS, LOADS, SETTINGS, SOCKETS, TOTALS, add, count};
+use crate::{
+    judge::{block_of, entry_of, is_exempt, over_half_open, over_open, over_rate},
+    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
+};
 
 /// EtherTypes (include/uapi/linux/if_ether.h) and where the source address stands (RFC 791, RFC 8200).
 const ETH_P_IP: u16 = 0x0800;
@@ -31,7 +34,9 @@ const ETH_P_IPV6: u16 = 0x86dd;
 const IPV4_SOURCE_OFFSET: u32 = 12;
 const IPV6_SOURCE_OFFSET: u32 = 8;
 
-/// Byte of the TCP header with the flags, and the two that tell a SYN from a SYN-ACK (RFC 9293 section 3.1).
+/// Where the TCP header has the destination port and the flags, and the two flags that tell a SYN from a SYN-ACK
+/// (RFC 9293 section 3.1).
+const TCP_PORT_OFFSET: usize = 2;
 const TCP_FLAGS_OFFSET: usize = 13;
 const TCP_SYN: u8 = 0x02;
 const TCP_ACK: u8 = 0x10;
@@ -41,47 +46,58 @@ pub fn listener(ctx: SkReuseportContext) -> u32 {
     let Some(settings) = SETTINGS.get(0) else {
         return SK_PASS;
     };
-    let attempt = is_attempt(&ctx);
-    if !attempt {
+    let port = attempt_at(&ctx);
+    if port == NO_ATTEMPT {
         count!(stray);
     }
     match client_of(&ctx) {
-        Some(client) => {
-            if refuse(&ctx, settings, &client, attempt) {
+        Some(whole) => {
+            if refuse(&ctx, settings, &whole, port) {
                 return SK_DROP;
             }
         }
         None => count!(unreadable),
     }
-    steer(&ctx, settings, attempt);
+    steer(&ctx, settings, port != NO_ATTEMPT);
     SK_PASS
 }
 
-/// True for a SYN. Other packets are judged alike, but are no attempts and are not counted as such.
+/// No port: no socket listens on 0.
+const NO_ATTEMPT: u32 = 0;
+
+/// The port that a SYN is for. Other packets are judged by blocks alone, are no attempts and are not counted as such.
 #[inline(always)]
-fn is_attempt(ctx: &SkReuseportContext) -> bool {
-    let flags = ctx.data() + TCP_FLAGS_OFFSET;
-    if flags + 1 > ctx.data_end() {
-        return false;
+fn attempt_at(ctx: &SkReuseportContext) -> u32 {
+    let data = ctx.data();
+    if data + TCP_FLAGS_OFFSET + 1 > ctx.data_end() {
+        return NO_ATTEMPT;
     }
     // SAFETY: within the packet's linear data, as just checked.
-    let flags = unsafe { *(flags as *const u8) };
-    flags & (TCP_SYN | TCP_ACK) == TCP_SYN
+    let (flags, port) = unsafe {
+        (
+            *((data + TCP_FLAGS_OFFSET) as *const u8),
+            ((data + TCP_PORT_OFFSET) as *const u16).read_unaligned(),
+        )
+    };
+    if flags & (TCP_SYN | TCP_ACK) != TCP_SYN {
+        return NO_ATTEMPT;
+    }
+    u32::from(u16::from_be(port))
 }
 
 /// The client, read from the IP header: `data` starts at the TCP header, the helper can look before it.
 #[inline(always)]
 fn client_of(ctx: &SkReuseportContext) -> Option<ClientKey> {
     match u16::from_be(ctx.eth_protocol() as u16) {
-        ETH_P_IP => load::<4>(ctx, IPV4_SOURCE_OFFSET).map(ClientKey::v4),
-        ETH_P_IPV6 => load::<16>(ctx, IPV6_SOURCE_OFFSET).map(ClientKey::v6),
+        ETH_P_IP => header::<4>(ctx, IPV4_SOURCE_OFFSET).map(ClientKey::v4),
+        ETH_P_IPV6 => header::<16>(ctx, IPV6_SOURCE_OFFSET).map(ClientKey::v6),
         _ => None,
     }
 }
 
 /// Not zeroed first: that would call a loop over a stack pointer, which the verifier admits only with CAP_PERFMON.
 #[inline(always)]
-fn load<const N: usize>(ctx: &SkReuseportContext, offset: u32) -> Option<[u8; N]> {
+fn header<const N: usize>(ctx: &SkReuseportContext, offset: u32) -> Option<[u8; N]> {
     let mut bytes = MaybeUninit::<[u8; N]>::uninit();
     // SAFETY: the helper writes N bytes to a buffer of N bytes, also when it fails (then zeroes).
     unsafe {
@@ -91,43 +107,87 @@ fn load<const N: usize>(ctx: &SkReuseportContext, offset: u32) -> Option<[u8; N]
     }
 }
 
-/// True when the packet must be dropped: its client is blocked, the block still holds, and the mode is to enforce it.
+/// Why an attempt is refused.
+#[derive(Clone, Copy, PartialEq)]
+enum Why {
+    Blocked,
+    Rate,
+    Open,
+    HalfOpen,
+}
+
+/// True when the packet must be dropped: its client is blocked or over a bound, is not exempt, and the mode is to enforce it.
 #[inline(always)]
-fn refuse(ctx: &SkReuseportContext, settings: &Settings, client: &ClientKey, attempt: bool) -> bool {
-    let Some(block) = BLOCKS.get_ptr_mut(client) else {
+fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port: u32) -> bool {
+    let client = whole.cut(settings.mask_v4, settings.mask_v6);
+    // SAFETY: the helper has no preconditions.
+    let now_ns = unsafe { bpf_ktime_get_ns() };
+    let block = block_of(settings, whole, &client, now_ns);
+    if port == NO_ATTEMPT {
+        return !block.is_null() && settings.enforce != 0 && !is_exempt(whole);
+    }
+    let entry = entry_of(settings, &client);
+    let why = if !block.is_null() {
+        Why::Blocked
+    } else if over_open(settings, entry) {
+        Why::Open
+    } else if over_rate(settings, &client, now_ns) {
+        Why::Rate
+    } else if over_half_open(settings, entry, now_ns) {
+        Why::HalfOpen
+    } else {
         return false;
     };
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: a live value of the map. User space may write it at the same time: each field is one aligned word.
-    let until_ns = unsafe { (*block).until_ns };
-    if now_ns >= until_ns {
+    if is_exempt(whole) {
         return false;
     }
     if settings.enforce == 0 {
-        if attempt {
-            // SAFETY: as above; only the address is taken.
+        if !block.is_null() {
+            // SAFETY: a live value of the map; only the address is taken.
             add(unsafe { &raw mut (*block).would_drop }, 1);
-            count!(would_drop);
         }
+        count!(would_drop);
         return false;
     }
     // Refusal before work: this is the cheapest moment there is, no memory is held for the client yet.
-    if attempt {
-        // SAFETY: as above.
-        add(unsafe { &raw mut (*block).dropped }, 1);
-        count!(dropped);
-        tell(ctx, client, block, now_ns);
-    }
+    book(block, &client, port, why);
+    tell(ctx, &client, block, why, now_ns);
     true
 }
 
-/// Writes a log line when the client's count reaches a power of two, at most one each `LOG_PAUSE_NS` on a CPU.
+/// Counts a refused attempt: in all, for the port, for the block and for the client.
 #[inline(always)]
-fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *const Block, now_ns: u64) {
-    // SAFETY: a live value of the map; another CPU may have counted on, which only makes the sample differ.
-    let dropped = unsafe { (*block).dropped };
-    if dropped & dropped.wrapping_sub(1) != 0 {
-        return;
+fn book(block: *mut Block, client: &ClientKey, port: u32, why: Why) {
+    match why {
+        Why::Blocked => count!(dropped),
+        Why::Rate => count!(over_rate),
+        Why::Open => count!(over_open),
+        Why::HalfOpen => count!(over_half_open),
+    }
+    if !block.is_null() {
+        // SAFETY: a live value of the map; only the address is taken.
+        add(unsafe { &raw mut (*block).dropped }, 1);
+    }
+    if let Some(entry) = CLIENTS.get_ptr_mut(client) {
+        // SAFETY: as above.
+        add(unsafe { &raw mut (*entry).refused }, 1);
+    }
+    if let Some(port) = PORTS.get_ptr_mut(port) {
+        // SAFETY: as above.
+        add(unsafe { &raw mut (*port).refused }, 1);
+    }
+}
+
+/// Writes a log line, at most one each `LOG_PAUSE_NS` on a CPU; of a blocked client only when its count reaches a power of two.
+#[inline(always)]
+fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Why, now_ns: u64) {
+    let mut dropped = 0;
+    if !block.is_null() {
+        // SAFETY: a live value of the map; another CPU may have counted on, which only makes the sample differ.
+        dropped = unsafe { (*block).dropped };
+        if dropped & dropped.wrapping_sub(1) != 0 {
+            return;
+        }
     }
     let Some(totals) = TOTALS.get_ptr_mut(0) else {
         return;
@@ -138,12 +198,12 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *const Block, now_n
         return;
     }
     *logged_ns = now_ns;
-    match client.as_v4() {
-        Some(v4) => info!(ctx, "refused connections of blocked client {:i}: {}", v4, dropped),
-        None => info!(
-            ctx,
-            "refused connections of blocked client {:i}/64: {}", client.0, dropped
-        ),
+    match (why, client.as_v4()) {
+        (Why::Blocked, Some(v4)) => info!(ctx, "refused connections of blocked client {:i}: {}", v4, dropped),
+        (Why::Blocked, None) => info!(ctx, "refused connections of blocked client {:i}: {}", client.0, dropped),
+        (Why::Rate, _) => info!(ctx, "refused a connection of {:i}: too many a second", client.0),
+        (Why::Open, _) => info!(ctx, "refused a connection of {:i}: too many open", client.0),
+        (Why::HalfOpen, _) => info!(ctx, "refused a connection of {:i}: too many unfinished of new clients", client.0),
     }
 }
 
@@ -181,17 +241,38 @@ fn steer(ctx: &SkReuseportContext, settings: &Settings, attempt: bool) {
 
 /// The core, and whether it is the one the packet came to. A CPU without a core (one that the gateway may not run on) spreads
 /// its packets over the cores by their hash.
+///
+/// Two other cores are looked at: the least loaded when user space last published, which is stale for the rest of that tick,
+/// and one by the packet's hash. So a burst within one tick is spread over all cores.
 #[inline(always)]
 fn choose(ctx: &SkReuseportContext, settings: &Settings) -> (u32, bool) {
+    // SAFETY: the helper has no preconditions.
     let cpu = unsafe { bpf_get_smp_processor_id() };
+    let any = ctx.hash() % settings.cores;
     let core = match CPU_CORES.get(cpu) {
         Some(core) if *core < settings.cores => *core,
-        _ => ctx.hash() % settings.cores,
+        _ => any,
     };
-    match (LOADS.get(core), LOADS.get(settings.least_core)) {
-        (Some(own), Some(least)) if overloaded(*own, *least) => (settings.least_core, false),
-        _ => (core, true),
+    let Some(own) = load(core) else {
+        return (core, true);
+    };
+    if let Some(least) = load(CORES_MAX) {
+        let least = least as u32;
+        if least < settings.cores && load(least).is_some_and(|least| overloaded(own, least)) {
+            return (least, false);
+        }
     }
+    if load(any).is_some_and(|any| overloaded(own, any)) {
+        return (any, false);
+    }
+    (core, true)
+}
+
+/// A slot of the loads. Volatile, because user space writes it in between.
+#[inline(always)]
+fn load(slot: u32) -> Option<u64> {
+    // SAFETY: a live value of the map, one aligned word.
+    LOADS.get_ptr(slot).map(|load| unsafe { load.read_volatile() })
 }
 
 /// Selects the core's socket of the group at hand. False: the core has none (any more).

@@ -3,12 +3,13 @@
 use core::intrinsics::{AtomicOrdering, atomic_xadd};
 
 use aya_ebpf::{
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, ReusePortSockArray},
+    bindings::BPF_F_MMAPABLE,
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ReusePortSockArray, SkStorage},
     macros::btf_map,
 };
 use gateway_common::{
-    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, GROUPS_MAX, Listeners, PORTS_MAX,
-    Settings, Totals,
+    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX, GROUPS_MAX, Listeners,
+    NETS_MAX, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
 };
 
 const SOCKETS_MAX: usize = (GROUPS_MAX * CORES_MAX) as usize;
@@ -23,7 +24,27 @@ pub static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
 pub static BLOCKS: LruHashMap<ClientKey, Block, { BLOCKS_MAX as usize }> = LruHashMap::new();
 
 #[btf_map]
+pub static NETS: LpmTrie<ClientKey, Block, { NETS_MAX as usize }> = LpmTrie::new();
+
+#[btf_map]
+pub static EXEMPT: LpmTrie<ClientKey, u32, { EXEMPT_MAX as usize }> = LpmTrie::new();
+
+#[btf_map]
 pub static CLIENTS: LruHashMap<ClientKey, Client, { CLIENTS_MAX as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub static RATES: LruHashMap<ClientKey, u64, { RATES_MAX as usize }> = LruHashMap::new();
+
+#[btf_map]
+pub static HALF_OPEN: Array<u64, 1> = Array::new();
+
+#[btf_map]
+pub static CONNS: SkStorage<Conn> = SkStorage::new();
+
+/// Where `connections` puts together a client's first entry: on the stack, zeroing it would be a loop over a stack pointer,
+/// admitted only with CAP_PERFMON.
+#[btf_map]
+pub static FRESH: PerCpuArray<Client, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static GROUPS: HashMap<u64, Listeners, SOCKETS_MAX> = HashMap::new();
@@ -34,11 +55,12 @@ pub static SOCKETS: ReusePortSockArray<SOCKETS_MAX> = ReusePortSockArray::new();
 #[btf_map]
 pub static CPU_CORES: Array<u32, { CPUS_MAX as usize }> = Array::new();
 
+/// Mapped into user space, which publishes by plain stores: no system call a tick.
 #[btf_map]
-pub static LOADS: Array<u64, { CORES_MAX as usize }> = Array::new();
+pub static LOADS: Array<u64, { CORES_MAX as usize + 1 }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
 #[btf_map]
-pub static PORTS: HashMap<u32, u32, { PORTS_MAX as usize }> = HashMap::new();
+pub static PORTS: HashMap<u32, Port, { PORTS_MAX as usize }> = HashMap::new();
 
 /// Adds to a counter in a map.
 ///
@@ -49,6 +71,13 @@ pub static PORTS: HashMap<u32, u32, { PORTS_MAX as usize }> = HashMap::new();
 pub fn add(counter: *mut u64, count: u64) {
     // SAFETY: callers pass a pointer to an aligned field of a live map value, which the verifier checks again.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, count) };
+}
+
+/// As [`add`], for counters of 32 bits.
+#[inline(always)]
+pub fn add_u32(counter: *mut u32, count: u32) {
+    // SAFETY: as in `add`.
+    unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, count) };
 }
 
 /// Raises one field of this CPU's [`Totals`].

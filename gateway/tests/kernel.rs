@@ -4,43 +4,57 @@
 //! meet each other nor the host. It needs root, BPF, cgroup2 and `unshare`, `ip`, `setpriv`; without them it prints
 //! `skipped: <reason>` and passes, unless `GATEWAY_KERNEL_TESTS=required` is set.
 
-#[path = "support/skip.rs"]
-mod skip;
-#[path = "kernel/support.rs"]
-mod support;
-
-use std::{
-    io::{Read, Write},
-    net::{IpAddr, TcpListener, TcpStream},
-    os::fd::AsFd,
-    time::{Duration, Instant},
-};
-
-use gateway::{config::schema, kernel::BlockError};
-use gateway_common::{LOAD_SLACK, overloaded};
-use support::{
-    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, in_isolation, ip, load, place_everything, refused,
-    until,
-};
-
 /// Declares tests that run isolated, with a bounding set of capabilities (of `setpriv`; empty: all that there are).
 macro_rules! isolated {
     ($($name:ident($caps:literal) $body:block)*) => {$(
         #[test]
         fn $name() {
-            if std::env::var(INNER).as_deref() == Ok(stringify!($name)) {
+            // As the test runner names it: without the crate.
+            let path = concat!(module_path!(), "::", stringify!($name));
+            let path = path.split_once("::").map_or(path, |(_, path)| path);
+            if std::env::var(crate::support::INNER).as_deref() == Ok(path) {
                 $body
             } else {
-                in_isolation(stringify!($name), $caps);
+                crate::support::in_isolation(path, $caps);
             }
         }
     )*};
 }
 
+#[path = "kernel/accounting.rs"]
+mod accounting;
+#[path = "kernel/bounds.rs"]
+mod bounds;
+#[path = "kernel/driver.rs"]
+mod driver;
+#[path = "kernel/networks.rs"]
+mod networks;
+#[path = "kernel/pins.rs"]
+mod pins;
+#[path = "support/skip.rs"]
+mod skip;
+#[path = "kernel/steering.rs"]
+mod steering;
+#[path = "kernel/support.rs"]
+mod support;
+
+use std::{
+    io::{Read, Write},
+    net::{IpAddr, TcpListener},
+    os::fd::AsFd,
+    time::{Duration, Instant},
+};
+
+use gateway::{config::schema, kernel::BlockError};
+use support::{
+    Group, HOLD, INNER, Lines, PATIENCE, connect, guarded, guarded_with, in_isolation, ip, load, net,
+    place_everything, refused, until,
+};
+
 isolated! {
     a_blocked_client_is_refused_and_others_are_served("") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         for _ in 0..3 {
             assert!(refused("127.0.0.7", group.port()));
         }
@@ -50,7 +64,7 @@ isolated! {
         assert_eq!((stats.stray, stats.unreadable), (0, 0));
         let blocked = kernel.blocked();
         assert_eq!(blocked.len(), 1);
-        assert_eq!((blocked[0].client, blocked[0].dropped), (ip("127.0.0.7"), 3));
+        assert_eq!((blocked[0].net, blocked[0].dropped), (net("127.0.0.7"), 3));
         assert!(blocked[0].remaining <= HOLD && blocked[0].remaining > HOLD - PATIENCE);
     }
 
@@ -58,7 +72,7 @@ isolated! {
         let (kernel, group) = guarded();
         let mut client = connect("127.0.0.7", group.port()).expect("a connection");
         let (_, mut server) = group.accept();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         client.write_all(b"hello").expect("sent");
         let mut text = [0; 5];
         server.read_exact(&mut text).expect("received");
@@ -70,28 +84,28 @@ isolated! {
         let (kernel, group) = guarded();
         let hold = Duration::from_millis(300);
         let start = Instant::now();
-        kernel.block(ip("127.0.0.7"), hold).expect("blocked");
+        kernel.block(net("127.0.0.7"), hold).expect("blocked");
         until("the block ends", || !refused("127.0.0.7", group.port()));
         assert!(start.elapsed() >= hold, "ended after {:?}", start.elapsed());
         assert!(kernel.blocked().is_empty());
         assert!(kernel.stats().dropped > 0);
-        assert!(!kernel.unblock(ip("127.0.0.7")).expect("asked"), "over is not blocked");
+        assert!(!kernel.unblock(net("127.0.0.7")).expect("asked"), "over is not blocked");
     }
 
     a_block_ends_by_hand("") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
-        assert!(kernel.unblock(ip("127.0.0.7")).expect("unblocked"));
+        assert!(kernel.unblock(net("127.0.0.7")).expect("unblocked"));
         group.core_of("127.0.0.7");
-        assert!(!kernel.unblock(ip("127.0.0.7")).expect("asked"));
+        assert!(!kernel.unblock(net("127.0.0.7")).expect("asked"));
     }
 
     blocking_again_changes_the_end_and_keeps_the_count("") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
-        kernel.block(ip("127.0.0.7"), HOLD * 2).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD * 2).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
         let blocked = kernel.blocked();
         assert_eq!(blocked[0].dropped, 2);
@@ -100,7 +114,7 @@ isolated! {
 
     observing_counts_and_lets_in("") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         kernel.set_observe(true);
         group.core_of("127.0.0.7");
         assert_eq!((kernel.stats().dropped, kernel.stats().would_drop), (0, 1));
@@ -115,7 +129,7 @@ isolated! {
         let config = schema::Kernel { mode: schema::KernelMode::Observe, ..schema::Kernel::default() };
         let mut kernel = load(&config, 1).expect("the programs");
         kernel.guard(&group.fds()).expect("guarded");
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         group.core_of("127.0.0.7");
         assert_eq!(kernel.stats().would_drop, 1);
     }
@@ -124,12 +138,12 @@ isolated! {
         let group = Group::new("[::]:0", 2);
         let mut kernel = load(&schema::Kernel::default(), 2).expect("the programs");
         kernel.guard(&group.fds()).expect("guarded");
-        kernel.block(ip("2001:db8:0:1::2"), HOLD).expect("blocked");
+        kernel.block(kernel.net_of(ip("2001:db8:0:1::2")), HOLD).expect("blocked");
         assert!(refused("2001:db8:0:1::2", group.port()));
         assert!(refused("2001:db8:0:1::1", group.port()), "shares the /64");
         group.core_of("2001:db8:0:2::1");
-        assert_eq!(kernel.blocked()[0].client, ip("2001:db8:0:1::"));
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        assert_eq!(kernel.blocked()[0].net, net("2001:db8:0:1::/64"));
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
         group.core_of("127.0.0.8");
         assert_eq!((kernel.stats().dropped, kernel.stats().steered), (3, 2));
@@ -147,45 +161,14 @@ isolated! {
         kernel.guard(&group.fds()).expect("guarded");
         for client in ["127.0.0.1", "127.0.1.9"] {
             assert!(!kernel.may_block(ip(client)));
-            let error = kernel.block(ip(client), HOLD).expect_err("exempt");
+            let error = kernel.block(net(client), HOLD).expect_err("exempt");
             assert!(matches!(error, BlockError::Exempt(_)), "{error}");
             group.core_of(client);
         }
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         kernel.set_exempt(&["127.0.0.0/24".parse().expect("a network")]);
         group.core_of("127.0.0.7");
         assert!(kernel.blocked().is_empty());
-    }
-
-    every_packet_of_a_cpu_goes_to_its_core("") {
-        let (mut kernel, group) = guarded();
-        for core in [0, 1, 0] {
-            place_everything(&mut kernel, core);
-            kernel.publish_load(0, 0);
-            kernel.publish_load(1, 0);
-            for _ in 0..20 {
-                assert_eq!(group.core_of("127.0.0.8"), core);
-            }
-        }
-        let stats = kernel.stats();
-        assert_eq!((stats.steered, stats.steered_away, stats.fallback), (60, 0, 0));
-    }
-
-    an_overloaded_core_gives_away_just_enough("") {
-        let (mut kernel, group) = guarded();
-        place_everything(&mut kernel, 0);
-        let own = LOAD_SLACK + 68;
-        kernel.publish_load(0, own as u32);
-        kernel.publish_load(1, 0);
-        let moved = (0..).find(|least| !overloaded(own, *least)).expect("an end");
-        assert!(moved > 20);
-        for _ in 0..moved {
-            assert_eq!(group.core_of("127.0.0.8"), 1);
-        }
-        assert_eq!(group.core_of("127.0.0.8"), 0, "what was steered counts at once");
-        assert_eq!(kernel.stats().steered_away, moved);
-        kernel.publish_load(1, own as u32);
-        assert_eq!(group.core_of("127.0.0.8"), 0);
     }
 
     two_groups_are_told_apart("") {
@@ -196,7 +179,7 @@ isolated! {
         assert_eq!(first.core_of("127.0.0.8"), 1);
         assert_eq!(second.core_of("127.0.0.8"), 1);
         assert_eq!((kernel.stats().steered, kernel.stats().fallback), (2, 0));
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", first.port()) && refused("127.0.0.7", second.port()));
     }
 
@@ -221,7 +204,7 @@ isolated! {
         kernel.set_steering(false);
         group.core_of("127.0.0.8");
         assert_eq!((kernel.stats().steered, kernel.stats().fallback), (0, 1));
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         kernel.release(&group.fds()).expect("released");
         group.core_of("127.0.0.7");
         assert_eq!(kernel.stats().fallback, 1, "the program is off");
@@ -240,63 +223,13 @@ isolated! {
         assert!(kernel.guard(&[]).is_err());
     }
 
-    accounting_is_exact("") {
-        let (kernel, group) = guarded();
-        const CONNECTIONS: usize = 50;
-        const REQUEST: usize = 1000;
-        const ANSWER: usize = 70_000;
-        for index in 0..CONNECTIONS {
-            let mut client = connect("127.0.0.8", group.port()).expect("a connection");
-            let (_, mut server) = group.accept();
-            client.write_all(&[1; REQUEST]).expect("sent");
-            server.read_exact(&mut [0; REQUEST]).expect("received");
-            let writer = std::thread::spawn(move || {
-                server.write_all(&[2; ANSWER]).expect("sent");
-                server
-            });
-            client.read_exact(&mut [0; ANSWER]).expect("received");
-            let server = writer.join().expect("the writer");
-            // Both ways to end must count the same, though the FINs are seen in different states.
-            let (first, second) = if index % 2 == 0 { (client, server) } else { (server, client) };
-            drop(first);
-            assert_eq!(second.peek(&mut [0]).expect("a FIN"), 0);
-            drop(second);
-        }
-        // What comes in on other ports does not count.
-        let other = TcpListener::bind("127.0.0.1:0").expect("a listener");
-        let _other = TcpStream::connect(other.local_addr().expect("an address")).expect("a connection");
-        until("all connections have ended", || kernel.stats().closed == CONNECTIONS as u64);
-        let stats = kernel.stats();
-        assert_eq!(stats.opened, CONNECTIONS as u64);
-        assert_eq!(stats.bytes_in, (CONNECTIONS * REQUEST) as u64);
-        assert_eq!(stats.bytes_out, (CONNECTIONS * ANSWER) as u64);
-        assert_eq!(stats.untracked, 0);
-        let clients = kernel.clients(10);
-        assert_eq!(clients.len(), 1);
-        let client = clients[0];
-        assert_eq!((client.client, client.opened, client.closed), (ip("127.0.0.8"), stats.opened, stats.closed));
-        assert_eq!((client.bytes_in, client.bytes_out), (stats.bytes_in, stats.bytes_out));
-        assert!(client.srtt > Duration::ZERO && client.srtt < PATIENCE, "{:?}", client.srtt);
-    }
-
-    open_connections_and_aborted_ones_are_counted("") {
-        let (kernel, group) = guarded();
-        let aborted = connect("127.0.0.9", group.port()).expect("a connection");
-        let kept = connect("127.0.0.8", group.port()).expect("a connection");
-        let servers = [group.accept(), group.accept()];
-        assert_eq!((kernel.stats().opened, kernel.stats().closed), (2, 0));
-        socket2::SockRef::from(&aborted).set_linger(Some(Duration::ZERO)).expect("a reset at close");
-        drop(aborted);
-        until("the reset connection is closed", || kernel.stats().closed == 1);
-        let clients = kernel.clients(1);
-        assert_eq!((clients[0].client, clients[0].opened, clients[0].closed), (ip("127.0.0.8"), 1, 0));
-        assert_eq!(kernel.clients(10).len(), 2);
-        drop((kept, servers));
-    }
-
     two_gateways_share_a_cgroup("") {
-        let (first, first_group) = guarded();
-        let (second, second_group) = guarded();
+        let of = |name: &str| schema::Kernel { instance: Some(name.into()), ..schema::Kernel::default() };
+        let (first, first_group) = guarded_with(&of("first"));
+        let (second, second_group) = guarded_with(&of("second"));
+        second.block(net("127.0.0.7"), HOLD).expect("blocked");
+        assert!(refused("127.0.0.7", second_group.port()));
+        assert!(first.blocked().is_empty());
         first_group.core_of("127.0.0.8");
         second_group.core_of("127.0.0.8");
         second_group.core_of("127.0.0.8");
@@ -308,7 +241,7 @@ isolated! {
 
     nothing_is_dropped_after_the_end("") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
         drop(kernel);
         group.core_of("127.0.0.7");
@@ -319,7 +252,7 @@ isolated! {
         let subscriber = tracing_subscriber::fmt().with_ansi(false).with_writer(lines.clone()).finish();
         tracing::subscriber::with_default(subscriber, || {
             let (kernel, group) = guarded();
-            kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+            kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
             for _ in 0..50 {
                 assert!(refused("127.0.0.7", group.port()));
             }
@@ -337,7 +270,7 @@ isolated! {
 
     the_two_capabilities_of_the_unit_suffice("-all,+bpf,+net_admin") {
         let (kernel, group) = guarded();
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
         group.core_of("127.0.0.8");
         until("it is counted", || kernel.stats().closed == 1);
@@ -350,7 +283,7 @@ isolated! {
         let degraded = kernel.degraded();
         assert_eq!(degraded.len(), 1);
         assert!(degraded[0].starts_with("connection accounting is off: CAP_NET_ADMIN is missing"), "{degraded:?}");
-        kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+        kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
         group.core_of("127.0.0.8");
         assert_eq!(kernel.stats().opened, 0);
@@ -390,7 +323,7 @@ fn flood() {
         return in_isolation("flood", "");
     }
     let (kernel, group) = guarded();
-    kernel.block(ip("127.0.0.7"), HOLD).expect("blocked");
+    kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(2) {
         assert!(refused("127.0.0.7", group.port()));

@@ -9,12 +9,14 @@
 //! | `GET /status`          | the state as JSON                                             |
 //! | `POST /reload`         | puts the configuration file in force; 422 where it is wrong   |
 //! | `GET /kernel`          | the kernel plane in detail                                    |
-//! | `POST /kernel/block`   | `{"client": "203.0.113.7", "for": "10m"}`                     |
-//! | `POST /kernel/unblock` | `{"client": "203.0.113.7"}`                                   |
+//! | `GET /kernel/clients`  | the clients with the most connections; `?max=100`             |
+//! | `POST /kernel/block`   | `{"client": "203.0.113.7", "for": "10m"}`, also a network     |
+//! | `POST /kernel/unblock` | `{"client": "203.0.113.7"}`, also a network                   |
 //!
 //! Errors are `{"error": {"code": …, "message": …}}`. Everything is bounded: connections, the time
 //! for a head and for a request, the size of heads and bodies.
 
+pub mod kernel;
 mod state;
 #[cfg(test)]
 mod tests;
@@ -23,7 +25,7 @@ pub mod top;
 
 use std::{
     future::Future,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
     time::Duration,
@@ -32,7 +34,6 @@ use std::{
 use anyhow::Context;
 use axum::{
     Json, Router,
-    body::Bytes,
     extract::{DefaultBodyLimit, Request, State},
     http::{HeaderMap, StatusCode, header},
     middleware::{self, Next},
@@ -43,7 +44,8 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use serde::{Deserialize, de::DeserializeOwned};
+use ipnet::IpNet;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -51,10 +53,8 @@ use tokio::{
     task::JoinSet,
 };
 
-use crate::{
-    config::units::{Secret, parse_span},
-    telemetry::prometheus,
-};
+use crate::{config::units::Secret, telemetry::prometheus};
+use kernel::Target;
 use token::Guard;
 
 pub use token::{token, token_path};
@@ -78,12 +78,6 @@ const BODY_BYTES_MAX: usize = 64 * 1024;
 /// How long running requests may go on after the end was asked for.
 const END_TIME_MAX: Duration = Duration::from_millis(300);
 
-/// How long a client is blocked by hand when the request does not say.
-const BLOCK_DEFAULT: Duration = Duration::from_secs(600);
-
-/// Longest block by hand. What shall last longer belongs into a firewall.
-const BLOCK_MAX: Duration = Duration::from_secs(30 * 86_400);
-
 /// A future that a [`Plane`] gives.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
@@ -101,10 +95,12 @@ pub trait Plane: Send + Sync + 'static {
     fn reload(&self) -> Result<String, String>;
     /// The kernel plane in detail.
     fn kernel_status(&self) -> Value;
-    /// Drops a client's new connections for this long; or says why not.
-    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String>;
-    /// Lifts a block; false where there was none.
-    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String>;
+    /// The clients with the most open connections, at most so many; or why there are none.
+    fn kernel_clients(&self, max: usize) -> Result<Value, String>;
+    /// Drops new connections of a client or network for this long, and says of which network; or why not.
+    fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String>;
+    /// Lifts a block, and says of which network; false where there was none.
+    fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String>;
 }
 
 /// Binds the admin API's address.
@@ -205,9 +201,7 @@ fn router<P: Plane>(plane: Arc<P>, token: &Secret) -> Router {
         .route("/status", get(status))
         .route("/top", get(top::show))
         .route("/reload", post(reload))
-        .route("/kernel", get(kernel))
-        .route("/kernel/block", post(block))
-        .route("/kernel/unblock", post(unblock))
+        .merge(kernel::routes())
         .fallback(async || Failure::new(StatusCode::NOT_FOUND, "not_found", "no such path"))
         .method_not_allowed_fallback(async || {
             Failure::new(
@@ -269,50 +263,6 @@ async fn reload(State(plane): State<Arc<dyn Plane>>) -> Result<Json<Value>, Fail
         Failure::new(StatusCode::UNPROCESSABLE_ENTITY, "configuration_refused", reason)
     })?;
     Ok(Json(json!({ "message": message })))
-}
-
-async fn kernel(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
-    Json(plane.kernel_status())
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Block {
-    client: IpAddr,
-    #[serde(rename = "for")]
-    hold: Option<String>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Unblock {
-    client: IpAddr,
-}
-
-async fn block(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
-    let block: Block = parse(&body)?;
-    let hold = block.hold.as_deref().map_or(Ok(BLOCK_DEFAULT), hold_of)?;
-    let client = block.client.to_canonical();
-    plane.kernel_block(client, hold).map_err(Failure::conflict)?;
-    tracing::info!(%client, seconds = hold.as_secs(), "client blocked by hand");
-    Ok(Json(json!({ "client": client, "seconds": hold.as_secs() })))
-}
-
-async fn unblock(State(plane): State<Arc<dyn Plane>>, body: Bytes) -> Result<Json<Value>, Failure> {
-    let unblock: Unblock = parse(&body)?;
-    let client = unblock.client.to_canonical();
-    let was_blocked = plane.kernel_unblock(client).map_err(Failure::conflict)?;
-    tracing::info!(%client, was_blocked, "client unblocked by hand");
-    Ok(Json(json!({ "client": client, "was_blocked": was_blocked })))
-}
-
-/// Reads how long a block shall last.
-fn hold_of(text: &str) -> Result<Duration, Failure> {
-    let hold = parse_span(text).map_err(Failure::bad_request)?.0;
-    match (Duration::from_secs(1)..=BLOCK_MAX).contains(&hold) {
-        true => Ok(hold),
-        false => Err(Failure::bad_request("`for` must be from 1s to 30d")),
-    }
 }
 
 /// Reads a JSON body, whatever its `Content-Type` says.

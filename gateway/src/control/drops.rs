@@ -2,7 +2,6 @@
 //! it stands behind a proxy.
 
 use std::{
-    net::IpAddr,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -100,7 +99,7 @@ fn drop_client(
     let now_ns = clock::monotonic_ns();
     let hold = offenders.offend(net, client.via, &growth(drop), now_ns);
     if let (Via::Direct, Some(kernel)) = (client.via, kernel) {
-        match kernel.block(kernel.net_of(ip), hold) {
+        match kernel.block_client(ip, hold) {
             Ok(()) => {}
             Err(BlockError::Exempt(reason)) => {
                 return tracing::debug!(client = %ip, reason, "client is not blocked");
@@ -113,11 +112,6 @@ fn drop_client(
     shared.blocks.block(net, client.via, until_ns);
     let behind_proxy = client.via == Via::Proxied;
     tracing::info!(client = %ip, %net, behind_proxy, seconds = hold.as_secs(), "client is refused again and again: blocked");
-}
-
-/// What counts as the same client as this address.
-pub fn client_net(config: &Config, client: IpAddr) -> IpNet {
-    prefixes(&config.kernel.drop).net(client)
 }
 
 fn prefixes(drop: &Drop) -> Prefixes {

@@ -25,7 +25,7 @@ use crate::{
         units::Secret,
     },
     core::{self, DRAIN, STOP, Shared},
-    kernel::{Kernel, Plan},
+    kernel::{self, Kernel, Off, Plan},
     ledger::Ledger,
     net::{
         process,
@@ -94,6 +94,8 @@ impl Gateway {
         let engine = choose_engine(&config)?;
         let cpus = runtime::cpus().context("cannot learn which CPUs may be used")?;
         let cores = config.workers.threads.unwrap_or(cpus.len()).max(1);
+        // Before any thread is started, so that none has the rights that loading needs.
+        let kernel = load_kernel(&config, cores)?;
         let (ledger, journals) = Ledger::start(&config.ledger, cores)?;
         let token = admin::token(&config)?;
         let admin = admin::bind(config.admin.address)?;
@@ -102,7 +104,7 @@ impl Gateway {
         let snapshot = Snapshot::build(&config, &mut registry)?;
         let shared = Arc::new(Shared::new(snapshot, cores));
         let listeners = listen::open(&config, cores)?;
-        let kernel = load_kernel(&config, cores, &listeners)?;
+        let kernel = guard(&config, kernel, &listeners)?;
         let log = AccessLog::start(shared.cores.clone(), &Destination::parse(&config.log.access))
             .context("cannot open the access log")?;
 
@@ -192,36 +194,60 @@ fn choose_engine(config: &Config) -> anyhow::Result<Engine> {
     Ok(engine)
 }
 
-/// Loads the kernel plane, or says why not.
-fn load_kernel(
+/// Loads the kernel plane, or says why not. What only that needed is given up.
+fn load_kernel(config: &Config, cores: usize) -> anyhow::Result<Result<Kernel, String>> {
+    let ports: Vec<u16> = config
+        .listeners
+        .iter()
+        .map(|listener| listener.address.port())
+        .collect();
+    let kernel = match config.kernel.mode {
+        KernelMode::Off => Ok(Err("switched off (kernel.mode)".into())),
+        _ => {
+            let loaded = Kernel::load(&Plan {
+                config: &config.kernel,
+                cores,
+                ports: &ports,
+                state: &config.ledger.path,
+            });
+            kernel_or_reason(config, loaded)
+        }
+    };
+    match kernel::shed_rights() {
+        Ok(rights) if rights.is_empty() => {}
+        Ok(rights) => tracing::debug!("given up after loading: {}", rights.join(" ")),
+        Err(error) => tracing::warn!(%error, "the rights that loading needed are kept"),
+    }
+    kernel
+}
+
+/// Puts the kernel plane before the listeners.
+fn guard(
     config: &Config,
-    cores: usize,
+    kernel: Result<Kernel, String>,
     listeners: &[listen::Group],
 ) -> anyhow::Result<Result<Kernel, String>> {
-    if config.kernel.mode == KernelMode::Off {
-        return Ok(Err("switched off (kernel.mode)".into()));
-    }
-    let ports: Vec<u16> = listeners.iter().map(|listener| listener.address.port()).collect();
-    let loaded = Kernel::load(&Plan {
-        config: &config.kernel,
-        cores,
-        ports: &ports,
-    })
-    .and_then(|mut kernel| {
-        for listener in listeners {
-            kernel.guard(&listener.descriptors())?;
-        }
+    let Ok(mut kernel) = kernel else {
+        return Ok(kernel);
+    };
+    let guarded: Result<(), Off> = listeners
+        .iter()
+        .try_for_each(|listener| kernel.guard(&listener.descriptors()));
+    let kernel = kernel_or_reason(config, guarded.map(|()| kernel))?;
+    if let Ok(kernel) = &kernel {
         kernel.set_exempt(&drops::exempt(config));
-        Ok(kernel)
-    });
-    match loaded {
-        Ok(kernel) => {
-            for part in kernel.degraded() {
-                tracing::warn!("kernel plane: {part}");
-            }
-            tracing::info!("kernel plane loaded: early drop and steering are on");
-            Ok(Ok(kernel))
+        for part in kernel.degraded() {
+            tracing::warn!("kernel plane: {part}");
         }
+        tracing::info!("kernel plane loaded: early drop and steering are on");
+    }
+    Ok(kernel)
+}
+
+/// The kernel plane, or why the gateway does without it.
+fn kernel_or_reason(config: &Config, kernel: Result<Kernel, Off>) -> anyhow::Result<Result<Kernel, String>> {
+    match kernel {
+        Ok(kernel) => Ok(Ok(kernel)),
         Err(off) if config.kernel.mode == KernelMode::Required => {
             bail!(
                 "kernel.mode is required, and the kernel plane cannot be loaded: {}",

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -11,10 +11,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::IpNet;
 use serde_json::{Value, json};
 
 use super::{
-    admin::top,
+    admin::{self, kernel::Target, top},
     drops::{self, Drops},
     listen::{SharedTls, SharedTrust},
     notify,
@@ -42,9 +43,6 @@ use crate::{
 
 /// Ticks between two counts of the blocked clients, which walk the kernel's map: about a second.
 const TICKS_PER_COUNT: u64 = 50;
-
-/// Blocked clients that the admin API lists at most.
-const BLOCKED_LISTED_MAX: usize = 1000;
 
 /// Clients that are taken from the kernel for `gateway top`, those with the most connections first.
 const TOP_CLIENTS_MAX: usize = 4096;
@@ -142,10 +140,10 @@ impl State {
         {
             self.blocked.store(kernel.blocked().len(), Ordering::Relaxed);
         }
-        for core in &self.shared.cores {
+        kernel.publish_loads(self.shared.cores.iter().map(|core| {
             let streams = u32::try_from(core.counters().streams_open()).unwrap_or(u32::MAX);
-            kernel.publish_load(core.core(), streams);
-        }
+            (core.core(), streams)
+        }));
         kernel.tick();
     }
 
@@ -260,10 +258,11 @@ impl State {
         self.shared
             .blocks
             .set_observe(config.kernel.mode == KernelMode::Observe);
-        if let Ok(mut kernel) = self.kernel() {
+        if let Ok(kernel) = self.kernel() {
             kernel.set_observe(config.kernel.mode == KernelMode::Observe);
             kernel.set_steering(config.kernel.steering);
             kernel.set_exempt(&drops::exempt(config));
+            kernel.set_connections(&config.kernel.connections);
         }
         if let Err(error) = logging::set_level(&config.log.level) {
             tracing::warn!(%error, "the log's level stays");
@@ -369,29 +368,14 @@ impl State {
             Ok(kernel) => kernel,
             Err(reason) => return json!({ "loaded": false, "reason": reason }),
         };
-        let mut figures = kernel_figures(&kernel);
-        let blocked: Vec<Value> = kernel
-            .blocked()
-            .iter()
-            .take(BLOCKED_LISTED_MAX)
-            .map(|blocked| {
-                json!({
-                    "net": blocked.net,
-                    "remaining_seconds": blocked.remaining.as_secs_f64(),
-                    "dropped": blocked.dropped,
-                    "would_drop": blocked.would_drop,
-                })
-            })
-            .collect();
-        figures["blocked"] = blocked.into();
-        figures
+        admin::kernel::detail(&kernel)
     }
 
     /// The same without the list of blocked clients, which may be long: for metrics.
     pub fn kernel_figures(&self) -> Value {
         match self.kernel() {
             Ok(kernel) => {
-                let mut figures = kernel_figures(&kernel);
+                let mut figures = admin::kernel::figures(&kernel);
                 figures["blocked_clients"] = self.blocked.load(Ordering::Relaxed).into();
                 figures
             }
@@ -399,22 +383,28 @@ impl State {
         }
     }
 
-    /// Blocks a client by hand.
-    pub fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
-        self.kernel()?
-            .block(client.into(), hold)
-            .map_err(|error| error.to_string())?;
-        let net = drops::client_net(&self.inner().config, client);
-        self.drops.block_net(&self.shared, net, hold)
+    /// Blocks a client or a network by hand; says which network that is.
+    pub fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String> {
+        let kernel = self.kernel()?;
+        let net = target.net(|client| kernel.net_of(client));
+        kernel.block(net, hold).map_err(|error| error.to_string())?;
+        self.drops.block_net(&self.shared, net, hold)?;
+        Ok(net)
     }
 
-    /// Lifts a block; false where there was none.
-    pub fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
-        let net = drops::client_net(&self.inner().config, client);
+    /// Lifts a block; says of which network, and false where there was none.
+    pub fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
+        let kernel = self.kernel()?;
+        let net = target.net(|client| kernel.net_of(client));
         self.drops.lift(&self.shared, net);
-        self.kernel()?
-            .unblock(client.into())
-            .map_err(|error| error.to_string())
+        let lifted = kernel.unblock(net).map_err(|error| error.to_string());
+        lifted.map(|lifted| (net, lifted))
+    }
+
+    /// The clients with the most open connections, as the kernel counts them; at most so many.
+    pub fn kernel_clients(&self, max: usize) -> Result<Value, String> {
+        let kernel = self.kernel()?;
+        Ok(admin::kernel::clients(&kernel, max))
     }
 }
 
@@ -436,25 +426,6 @@ fn same_listeners<'a>(
             .nth(earlier)
     };
     (0..open.len()).map(same).collect()
-}
-
-/// What the kernel plane counted.
-fn kernel_figures(kernel: &Kernel) -> Value {
-    let stats = kernel.stats();
-    json!({
-        "loaded": true,
-        "degraded": kernel.degraded(),
-        "dropped": stats.dropped,
-        "would_drop": stats.would_drop,
-        "steered": stats.steered,
-        "steered_away": stats.steered_away,
-        "fallback": stats.fallback,
-        "opened": stats.opened,
-        "closed": stats.closed,
-        "bytes_in": stats.bytes_in,
-        "bytes_out": stats.bytes_out,
-        "retransmits": stats.retransmits,
-    })
 }
 
 /// Parts of the configuration that a reload cannot change, as far as they differ from what the process was started with.
@@ -488,11 +459,21 @@ fn needs_restart(before: &Config, after: &Config) -> Vec<&'static str> {
     };
     note(ledger(before) != ledger(after), "ledger");
     note(before.log.format != after.log.format, "log.format");
-    let off = |config: &Config| config.kernel.mode == KernelMode::Off;
-    note(
-        off(before) != off(after) || before.kernel.cgroup != after.kernel.cgroup,
-        "kernel",
-    );
+    // Exempt networks, bounds and the mode's other words follow a reload.
+    let kernel = |config: &Config| {
+        let kernel = &config.kernel;
+        (
+            kernel.mode == KernelMode::Off,
+            (kernel.drop.prefix_v4, kernel.drop.prefix_v6),
+            (
+                kernel.cgroup.clone(),
+                kernel.instance.clone(),
+                kernel.bpffs.clone(),
+            ),
+            kernel.xdp.clone(),
+        )
+    };
+    note(kernel(before) != kernel(after), "kernel");
     parts
 }
 
@@ -543,9 +524,18 @@ mod tests {
             ("ledger: { keep: 7MiB }", "ledger"),
             ("log: { format: json }", "log.format"),
             ("kernel: { mode: off }", "kernel"),
+            ("kernel: { drop: { prefix_v6: 48 } }", "kernel"),
+            ("kernel: { instance: blue }", "kernel"),
+            ("kernel: { xdp: { interface: eth0 } }", "kernel"),
         ] {
             assert_eq!(needs_restart(&with(""), &with(more)), [part], "{more}");
         }
-        assert!(needs_restart(&with(""), &with("drain: 7s\nlog: { level: warn }")).is_empty());
+        assert!(
+            needs_restart(
+                &with(""),
+                &with("drain: 7s\nlog: { level: warn }\nkernel: { connections: { half_open: 9 } }")
+            )
+            .is_empty()
+        );
     }
 }

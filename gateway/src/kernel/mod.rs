@@ -1,26 +1,34 @@
 //! The kernel plane: loads the eBPF programs and speaks to them. The only module that names aya.
 //!
-//! Two programs (`gateway-ebpf/`), one object for every kernel from 5.15 and both architectures:
-//! - `listener` (sk_reuseport) runs on each connection attempt: drops blocked clients, steers the others to a core.
+//! Three programs (`gateway-ebpf/`), one object for every kernel from 5.15 and both architectures:
+//! - `listener` (sk_reuseport) runs on each connection attempt: refuses blocked clients and those over a bound, steers the
+//!   others to a core.
 //! - `connections` (sock_ops) counts each client's connections as TCP saw them.
+//! - `driver` (xdp), where it is configured, drops blocked clients before the network stack sees them.
 //!
-//! User space decides who is blocked and for how long; the kernel only does it, early and cheaply. Nothing is pinned:
-//! the programs end with the process, its listeners and its link. Without rights or support [`Kernel::load`] says why,
-//! and the gateway runs on without it.
+//! User space decides who is blocked and for how long; the kernel only does it, early and cheaply. The programs end with
+//! the process, its listeners and its links, also after `kill -9`; blocks and counts are pinned and outlive it
+//! (`pins.rs`). Without rights or support [`Kernel::load`] says why, and the gateway runs on without it.
 //!
 //! For the control thread: calls may take some microseconds (a system call), listing clients some milliseconds. `Kernel` is
-//! `Send` and `Sync`.
+//! `Send` and `Sync`. What operators need to know is in docs/kernel.md.
 
+mod blocks;
 mod cgroup;
 mod clock;
 mod lines;
 mod load;
+mod loads;
 mod off;
+mod pins;
 mod policy;
+mod rights;
+mod stats;
 
 use std::{
     net::IpAddr,
     os::fd::BorrowedFd,
+    path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -28,20 +36,29 @@ use std::{
 use aya::{
     Ebpf,
     maps::{Array, HashMap, MapData, MapError, PerCpuArray, ReusePortSockArray},
-    programs::SkReuseport,
+    programs::{SkReuseport, TestRun, TestRunOptions, Xdp},
 };
 use aya_log::EbpfLogger;
 use gateway_common::{
-    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, Settings, Totals,
+    CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, PORTS_MAX, Port, Settings, Totals,
     names,
 };
 use ipnet::IpNet;
 use socket2::SockRef;
 
 use crate::config::schema;
+use blocks::Blocks;
+use loads::Loads;
 use policy::Policy;
 
+/// Flag of map updates: only where there is nothing yet (include/uapi/linux/bpf.h).
+const BPF_NOEXIST: u64 = 1;
+
+pub use blocks::BlockError;
+pub use load::remove_pins;
 pub use off::Off;
+pub use rights::shed as shed_rights;
+pub use stats::{Blocked, ClientStats, PortStats, Stats};
 
 /// What to load.
 #[derive(Debug, Clone, Copy)]
@@ -51,6 +68,8 @@ pub struct Plan<'a> {
     pub cores: usize,
     /// Ports whose connections are counted from the start; [`Kernel::guard`] adds its listeners' own.
     pub ports: &'a [u16],
+    /// The state directory, of which the instance's name is made where none is configured.
+    pub state: &'a Path,
 }
 
 /// The loaded programs. They end when it is dropped, except that `listener` stays on listeners that live on, where it then
@@ -60,104 +79,27 @@ pub struct Kernel {
     ebpf: Ebpf,
     settings: Mutex<SettingsMap>,
     loads: Mutex<Loads>,
-    blocks: Mutex<HashMap<MapData, ClientKey, Block>>,
+    blocks: Mutex<Blocks>,
     clients: HashMap<MapData, ClientKey, Client>,
     totals: PerCpuArray<MapData, Totals>,
     groups: HashMap<MapData, u64, Listeners>,
     sockets: ReusePortSockArray<MapData>,
-    ports: HashMap<MapData, u32, u32>,
+    ports: HashMap<MapData, u32, Port>,
     cpu_cores: Array<MapData, u32>,
     lines: Mutex<EbpfLogger<lines::ToTracing>>,
     /// The socket cookies in each slot of the socket array; empty when free.
     taken: [Vec<u64>; GROUPS_MAX as usize],
-    policy: Policy,
     degraded: Vec<String>,
+    /// Where XDP is attached, and as what.
+    xdp: Option<(String, &'static str)>,
+    /// Keeps the instance locked.
+    pins: Option<pins::Pins>,
 }
 
 /// The settings as they stand in the map.
 struct SettingsMap {
     map: Array<MapData, Settings>,
     now: Settings,
-}
-
-/// The cores' loads as last published.
-struct Loads {
-    map: Array<MapData, u64>,
-    published: Vec<u64>,
-}
-
-/// A client that the kernel refuses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Blocked {
-    /// A client as `kernel.drop.prefix_v4` and `prefix_v6` cut it, or a network blocked by hand.
-    pub net: IpNet,
-    /// Time until the block ends.
-    pub remaining: Duration,
-    /// Connection attempts refused since it began.
-    pub dropped: u64,
-    /// Attempts that would have been refused, were the mode not observe.
-    pub would_drop: u64,
-}
-
-/// Totals since [`Kernel::load`]. All only grow.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Connection attempts of blocked clients refused.
-    pub dropped: u64,
-    /// Connection attempts of blocked clients let in, because the mode is observe.
-    pub would_drop: u64,
-    /// Attempts steered to a core, whichever.
-    pub steered: u64,
-    /// Of those, the ones moved off an overloaded core.
-    pub steered_away: u64,
-    /// Attempts that the kernel's hash placed.
-    pub fallback: u64,
-    /// Packets on a listener that were no attempts (SYN cookies, strays).
-    pub stray: u64,
-    /// Packets whose client could not be read.
-    pub unreadable: u64,
-    /// Client connections established.
-    pub opened: u64,
-    /// Of those, ended.
-    pub closed: u64,
-    /// Payload bytes from clients on ended connections.
-    pub bytes_in: u64,
-    /// Payload bytes to clients on ended connections, acknowledged.
-    pub bytes_out: u64,
-    /// Segments sent again on ended connections.
-    pub retransmits: u64,
-    /// Connections that no client's entry counts.
-    pub untracked: u64,
-}
-
-/// One client's connections, since it was first seen or last fell out of the bounded map.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ClientStats {
-    /// The IPv4 address, or the first address of the IPv6 /64.
-    pub client: IpAddr,
-    pub opened: u64,
-    pub closed: u64,
-    /// Payload bytes received on its ended connections.
-    pub bytes_in: u64,
-    /// Payload bytes sent on its ended connections, acknowledged.
-    pub bytes_out: u64,
-    /// Segments sent again on its ended connections.
-    pub retransmits: u64,
-    /// Smoothed round trip time of the connection that ended last.
-    pub srtt: Duration,
-    /// Time since a connection of it last opened or closed.
-    pub idle: Duration,
-}
-
-/// Why a client was not blocked.
-#[derive(Debug, thiserror::Error)]
-pub enum BlockError {
-    /// The policy protects it; the text says by what.
-    #[error("{0}")]
-    Exempt(String),
-    /// The kernel refused the map's update.
-    #[error("cannot write the block: {0}")]
-    Map(#[from] MapError),
 }
 
 impl Kernel {
@@ -183,8 +125,7 @@ impl Kernel {
         let group = self.slot(&cookies)?;
         self.fill(group, sockets, &cookies)?;
         if let Some(port) = port(first) {
-            let counted = self.ports.insert(u32::from(port), 0, 0);
-            counted.map_err(|e| Off::failed("counting one more port", &e))?;
+            self.count_port(port)?;
         }
         let program = self
             .ebpf
@@ -196,6 +137,20 @@ impl Kernel {
         program
             .attach(first)
             .map_err(|e| Off::failed("attaching to the listeners", &e))
+    }
+
+    /// Counts connections of one more port; one that is counted already goes on.
+    fn count_port(&mut self, port: u16) -> Result<(), Off> {
+        match self.ports.insert(u32::from(port), Port::default(), BPF_NOEXIST) {
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
+                Ok(())
+            }
+            Err(error) => Err(Off::failed(
+                &format!("counting port {port} (the bound is {PORTS_MAX})"),
+                &error,
+            )),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Takes the program off a group again, before its sockets are closed or handed on. Its slot becomes free.
@@ -264,86 +219,72 @@ impl Kernel {
     /// The network that `client` counts as: the address itself, or its prefix by `kernel.drop.prefix_v4` and `prefix_v6`.
     /// What [`Kernel::block`] takes for one client.
     pub fn net_of(&self, client: IpAddr) -> IpNet {
-        match ClientKey::new(client).address() {
-            IpAddr::V4(v4) => IpNet::from(IpAddr::V4(v4)),
-            IpAddr::V6(v6) => IpNet::from(ipnet::Ipv6Net::new_assert(v6, 64)),
-        }
+        locked(&self.blocks).policy().net_of(client)
     }
 
-    /// Whether policy lets `client` be blocked: not exempt, not this host itself.
+    /// Whether policy lets `client` be blocked unasked: nobody of its prefix is exempt or this host itself.
     pub fn may_block(&self, client: IpAddr) -> bool {
-        self.policy.refusal(client).is_none()
+        locked(&self.blocks).policy().refusal_of_client(client).is_none()
     }
 
-    /// Replaces the exempt networks after a reload, and lifts the blocks that they now forbid.
-    pub fn set_exempt(&mut self, exempt: &[ipnet::IpNet]) {
-        self.policy = Policy::new(exempt);
-        for blocked in self.blocked() {
-            if !self.may_block(blocked.net.addr()) {
-                let _ = self.unblock(blocked.net);
-            }
+    /// Replaces the exempt networks after a reload, and lifts the blocks that they now forbid. At most 4096, of which the
+    /// host's own two addresses are two.
+    pub fn set_exempt(&self, exempt: &[IpNet]) {
+        let mut blocks = locked(&self.blocks);
+        let policy = Policy::new(exempt, blocks.policy().prefixes());
+        if let Err(error) = blocks.exempt(policy) {
+            tracing::warn!(%error, "cannot tell the kernel which networks are exempt");
         }
+        let has_nets = blocks.has_nets();
+        drop(blocks);
+        self.set(|settings| settings.nets = u32::from(has_nets));
     }
 
-    /// Refuses new connections of `client` (IPv6: of its /64) from now on for `hold`. A longer or shorter hold replaces the
-    /// one at work and keeps its counts. Open connections are not touched.
+    /// Replaces the bounds on clients' connections after a reload.
+    pub fn set_connections(&self, config: &schema::Connections) {
+        self.set(|settings| load::bound(settings, config));
+    }
+
+    /// Refuses new connections of a client, as [`Kernel::net_of`] gives it, or of any network, from now on for `hold`. A
+    /// longer or shorter hold replaces the one at work and keeps its counts. Open connections are not touched, exempt
+    /// addresses in the network are let through.
+    ///
+    /// Single clients (65,536) and other networks (4096) are bounded: a client more makes the kernel forget the one whose
+    /// connections were least recently attempted, a network more is [`BlockError::Full`].
     pub fn block(&self, net: IpNet, hold: Duration) -> Result<(), BlockError> {
-        let client = net.addr();
-        if let Some(reason) = self.policy.refusal(client) {
+        let mut blocks = locked(&self.blocks);
+        blocks.block(net, hold)?;
+        let has_nets = blocks.has_nets();
+        drop(blocks);
+        self.set(|settings| settings.nets = u32::from(has_nets));
+        Ok(())
+    }
+
+    /// As [`Kernel::block`], of the client that has this address and for what it did: an exempt address in its prefix
+    /// protects all of it.
+    pub fn block_client(&self, client: IpAddr, hold: Duration) -> Result<(), BlockError> {
+        let blocks = locked(&self.blocks);
+        if let Some(reason) = blocks.policy().refusal_of_client(client) {
             return Err(BlockError::Exempt(reason));
         }
-        let key = ClientKey::new(client);
-        let now_ns = clock::now_ns();
-        let until_ns = now_ns.saturating_add(u64::try_from(hold.as_nanos()).unwrap_or(u64::MAX));
-        let mut blocks = locked(&self.blocks);
-        // What the program counts between this read and the write is lost: a few of many, and only in a counter for people.
-        let before = blocks
-            .get(&key, 0)
-            .ok()
-            .filter(|block| block.until_ns > now_ns)
-            .unwrap_or_default();
-        Ok(blocks.insert(key, Block { until_ns, ..before }, 0)?)
+        let net = blocks.policy().net_of(client);
+        drop(blocks);
+        self.block(net, hold)
     }
 
-    /// Lets `client` in again. False: it was not blocked.
+    /// Lifts the block of exactly this network. False: it was not blocked.
     pub fn unblock(&self, net: IpNet) -> Result<bool, BlockError> {
-        let key = ClientKey::new(net.addr());
         let mut blocks = locked(&self.blocks);
-        let held = match blocks.get(&key, 0) {
-            Ok(block) => block.until_ns > clock::now_ns(),
-            Err(MapError::KeyNotFound) => return Ok(false),
-            Err(error) => return Err(error.into()),
-        };
-        match blocks.remove(&key) {
-            // The kernel may have evicted the entry since.
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(held),
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOENT) => {
-                Ok(held)
-            }
-            Err(error) => Err(error.into()),
-        }
+        let held = blocks.unblock(net)?;
+        let has_nets = blocks.has_nets();
+        drop(blocks);
+        self.set(|settings| settings.nets = u32::from(has_nets));
+        Ok(held)
     }
 
-    /// The clients blocked now, the one with the most refusals first.
+    /// What is blocked now, the one with the most refusals first. Walks the map: up to some 50 ms when it is full.
     pub fn blocked(&self) -> Vec<Blocked> {
-        let now_ns = clock::now_ns();
-        let blocks = locked(&self.blocks);
-        // Bounded, because a walk over a map that changes underneath may start over (`bpf_map_get_next_key`).
-        let entries = blocks.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
-        let mut blocked: Vec<Blocked> = entries
-            .filter(|(_, block)| block.until_ns > now_ns)
-            .map(|(key, block)| Blocked {
-                net: IpNet::from(key.address()),
-                remaining: Duration::from_nanos(block.until_ns - now_ns),
-                dropped: block.dropped,
-                would_drop: block.would_drop,
-            })
-            .collect();
-        blocked.sort_unstable_by_key(|entry| {
-            (std::cmp::Reverse(entry.dropped.max(entry.would_drop)), entry.net)
-        });
-        blocked.dedup_by_key(|entry| entry.net);
-        blocked
+        locked(&self.blocks).blocked()
     }
 
     /// The totals, summed over the CPUs. Zero when the map cannot be read, which does not happen while it is open.
@@ -353,21 +294,20 @@ impl Kernel {
             return stats;
         };
         for cpu in cpus.iter() {
-            stats.dropped += cpu.dropped;
-            stats.would_drop += cpu.would_drop;
-            stats.steered += cpu.steered_own + cpu.steered_away;
-            stats.steered_away += cpu.steered_away;
-            stats.fallback += cpu.fallback;
-            stats.stray += cpu.stray;
-            stats.unreadable += cpu.unreadable;
-            stats.opened += cpu.opened;
-            stats.closed += cpu.closed;
-            stats.bytes_in += cpu.bytes_in;
-            stats.bytes_out += cpu.bytes_out;
-            stats.retransmits += cpu.retransmits;
-            stats.untracked += cpu.untracked;
+            stats.add(cpu);
         }
         stats
+    }
+
+    /// The connections of each port that is counted, ascending; at most 256.
+    pub fn ports(&self) -> Vec<PortStats> {
+        let entries = self.ports.iter().take(PORTS_MAX as usize).filter_map(Result::ok);
+        let mut ports: Vec<PortStats> = entries
+            .map(|(port, counts)| PortStats::new(port, &counts))
+            .collect();
+        ports.sort_unstable_by_key(|stats| stats.port);
+        ports.dedup_by_key(|stats| stats.port);
+        ports
     }
 
     /// At most `max` clients, those with the most open connections first, then the most lately seen. Walks the whole map:
@@ -380,39 +320,29 @@ impl Kernel {
             .take(CLIENTS_MAX as usize)
             .filter_map(Result::ok);
         let mut clients: Vec<ClientStats> = entries
-            .map(|(key, client)| ClientStats {
-                client: key.address(),
-                opened: client.opened,
-                closed: client.closed,
-                bytes_in: client.bytes_in,
-                bytes_out: client.bytes_out,
-                retransmits: client.retransmits,
-                srtt: Duration::from_micros(client.srtt_us),
-                idle: Duration::from_nanos(now_ns.saturating_sub(client.seen_ns)),
-            })
+            .map(|(key, client)| ClientStats::new(&key, &client, now_ns))
             .collect();
-        let open = |client: &ClientStats| client.opened.saturating_sub(client.closed);
-        clients.sort_unstable_by_key(|client| (std::cmp::Reverse(open(client)), client.idle));
+        clients.sort_unstable_by_key(|client| (std::cmp::Reverse(client.open()), client.idle));
         clients.truncate(max);
         clients
     }
 
-    /// Tells the steering how many streams a core has open. Call it for each core a few times a second; in between, the
-    /// program counts what it steers. A core above [`CORES_MAX`] or the plan's is ignored.
-    pub fn publish_load(&self, core: usize, open_streams: u32) {
-        let mut loads = locked(&self.loads);
-        let Some(slot) = loads.published.get_mut(core) else {
-            return;
-        };
-        *slot = u64::from(open_streams);
-        if let Err(error) = loads.map.set(core as u32, u64::from(open_streams), 0) {
-            tracing::warn!(core, %error, "cannot publish the core's load");
+    /// Forgets what was counted of a client, as when its entry is evicted for others; the totals stay.
+    ///
+    /// # Errors
+    /// The kernel refused; a client of which nothing is known is no error.
+    pub fn forget(&mut self, client: IpAddr) -> Result<(), Off> {
+        let prefixes = locked(&self.blocks).policy().prefixes();
+        match self.clients.remove(&ClientKey::of(client, prefixes)) {
+            Err(error) if !blocks::is_absent(&error) => Err(Off::failed("forgetting a client", &error)),
+            _ => Ok(()),
         }
-        let least = (0..loads.published.len())
-            .min_by_key(|core| loads.published[*core])
-            .unwrap_or(0) as u32;
-        drop(loads);
-        self.set(|settings| settings.least_core = least);
+    }
+
+    /// Tells the steering how many streams cores have open. Call it a few times a second; in between, the program counts what
+    /// it steers. Costs no system call. A core beyond the plan's is ignored.
+    pub fn publish_loads(&self, open_streams: impl IntoIterator<Item = (usize, u32)>) {
+        locked(&self.loads).publish(open_streams);
     }
 
     /// True: blocked clients are only counted. False: they are refused.
@@ -444,9 +374,49 @@ impl Kernel {
         self.degraded.clone()
     }
 
-    /// Passes the programs' log lines on to `tracing`. Does not block: for a tick, at least once a second (the kernel keeps
-    /// 128 KiB of lines and drops more).
+    /// Where XDP is attached: the interface, and `native` or `generic`.
+    pub fn xdp(&self) -> Option<(&str, &'static str)> {
+        self.xdp
+            .as_ref()
+            .map(|(interface, mode)| (interface.as_str(), *mode))
+    }
+
+    /// Where blocks and counts are pinned.
+    pub fn pinned(&self) -> Option<&Path> {
+        self.pins.as_ref().map(pins::Pins::directory)
+    }
+
+    /// What the XDP program does with an Ethernet frame: true when it drops it. It counts as a frame that came.
+    ///
+    /// # Errors
+    /// XDP is not configured, or the kernel does not run programs on demand (before 4.12, or a frame shorter than 14 bytes).
+    pub fn would_driver_drop(&self, frame: &[u8]) -> Result<bool, Off> {
+        const XDP_DROP: u32 = 1;
+        let program = self
+            .ebpf
+            .program(names::DRIVER)
+            .ok_or_else(|| Off::new("the object has no XDP program"))?;
+        let program: &Xdp = program
+            .try_into()
+            .map_err(|e| Off::failed("finding the XDP program", &e))?;
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ..TestRunOptions::default()
+        };
+        let ran = program
+            .test_run(options)
+            .map_err(|e| Off::failed("running the XDP program", &e))?;
+        Ok(ran.return_value == XDP_DROP)
+    }
+
+    /// Passes the programs' log lines on to `tracing`, and lets networks in whose block has ended. Does not block: for a
+    /// tick, at least once a second (the kernel keeps 128 KiB of lines and drops more).
     pub fn tick(&self) {
+        let mut blocks = locked(&self.blocks);
+        blocks.sweep();
+        let has_nets = blocks.has_nets();
+        drop(blocks);
+        self.set(|settings| settings.nets = u32::from(has_nets));
         locked(&self.lines).flush();
     }
 }

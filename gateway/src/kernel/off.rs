@@ -56,8 +56,8 @@ pub(super) fn missing() -> Option<Off> {
     None
 }
 
-/// What `sock_ops` needs beyond [`missing`].
-pub(super) fn missing_for_accounting() -> Option<Off> {
+/// What `sock_ops` and XDP need beyond [`missing`].
+pub(super) fn missing_net_admin() -> Option<Off> {
     (!may(CAP_NET_ADMIN))
         .then(|| Off::new("CAP_NET_ADMIN is missing: add it to the service's AmbientCapabilities"))
 }
@@ -89,7 +89,7 @@ fn effective(status: &str) -> Option<u64> {
     u64::from_str_radix(line.trim(), 16).ok()
 }
 
-fn version() -> Option<(u32, u32)> {
+pub(super) fn version() -> Option<(u32, u32)> {
     parse_version(&fs::read_to_string("/proc/sys/kernel/osrelease").ok()?)
 }
 

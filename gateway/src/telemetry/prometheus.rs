@@ -347,6 +347,23 @@ impl Exposition {
         let _ = writeln!(self.text, "{name}_count {count}");
     }
 
+    /// Writes a histogram in seconds whose buckets double: `counts[n]` are those below 2^n ms that are in no bucket before,
+    /// the last one is unbounded. Its name ends in `_seconds`.
+    pub fn histogram_log2(&mut self, name: &str, help: &str, counts: &[u64], sum_ms: u64) {
+        debug_assert!(name.ends_with("_seconds"), "{name}");
+        self.family(name, "histogram", help);
+        let (mut below, last) = (0, counts.len().saturating_sub(1));
+        for (bucket, count) in counts[..last].iter().enumerate() {
+            below += count;
+            let bound = seconds(1_000 << bucket);
+            let _ = writeln!(self.text, "{name}_bucket{{le=\"{bound}\"}} {below}");
+        }
+        let count: u64 = counts.iter().sum();
+        let _ = writeln!(self.text, "{name}_bucket{{le=\"+Inf\"}} {count}");
+        let _ = writeln!(self.text, "{name}_sum {}", seconds(sum_ms.saturating_mul(1_000)));
+        let _ = writeln!(self.text, "{name}_count {count}");
+    }
+
     /// The text.
     pub fn finish(self) -> String {
         self.text

@@ -3,9 +3,9 @@
 use std::{
     io::{self, ErrorKind, Write},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
-    process::Command,
+    process::{Child, Command},
     sync::{
         Arc, Mutex, OnceLock,
         atomic::{AtomicU32, Ordering},
@@ -18,6 +18,7 @@ use gateway::{
     config::schema,
     kernel::{Kernel, Off, Plan},
 };
+use ipnet::IpNet;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 /// Longest wait for anything that the kernel does by itself.
@@ -39,11 +40,14 @@ pub fn in_isolation(name: &str, caps: &str) {
     }
     let cgroup = Cgroup::new(name).expect("a cgroup");
     // The addresses of two IPv6 networks, so that clients can differ in their /64.
-    let setup = "echo $$ > \"$0\"/cgroup.procs && ip link set lo up \
+    // A BPF file system of its own: what is pinned goes with the mount namespace.
+    let setup = "echo $$ > \"$0\"/cgroup.procs && ip link set lo up && mount -t bpf -o mode=0700 bpf /sys/fs/bpf \
                  && ip addr add 2001:db8:0:1::1/64 dev lo && ip addr add 2001:db8:0:1::2/64 dev lo \
                  && ip addr add 2001:db8:0:2::1/64 dev lo && exec \"$@\"";
     let mut command = Command::new("unshare");
-    command.args(["--net", "sh", "-c", setup]).arg(&cgroup.0);
+    command
+        .args(["--net", "--mount", "sh", "-c", setup])
+        .arg(&cgroup.0);
     if !caps.is_empty() {
         command.args(["setpriv", "--bounding-set", caps, "--inh-caps", "-all"]);
     }
@@ -72,7 +76,10 @@ fn cannot() -> Option<String> {
             return Some(format!("{tool}: {error}"));
         }
     }
-    match Command::new("unshare").args(["--net", "true"]).output() {
+    match Command::new("unshare")
+        .args(["--net", "--mount", "true"])
+        .output()
+    {
         Ok(output) if output.status.success() => {}
         Ok(output) => return Some(String::from_utf8_lossy(&output.stderr).trim().to_string()),
         Err(error) => return Some(format!("unshare: {error}")),
@@ -82,13 +89,10 @@ fn cannot() -> Option<String> {
     }
     let config = schema::Kernel {
         cgroup: Some("/nonexistent".into()),
+        bpffs: "/nonexistent".into(),
         ..schema::Kernel::default()
     };
-    match Kernel::load(&Plan {
-        config: &config,
-        cores: 1,
-        ports: &[],
-    }) {
+    match load(&config, 1) {
         Err(off) if off.reason.contains("missing") || off.reason.contains("not permitted") => {
             Some(off.reason)
         }
@@ -109,7 +113,8 @@ impl Cgroup {
             .ok_or(ErrorKind::NotFound)?;
         let point = mount.split(' ').nth(4).ok_or(ErrorKind::InvalidData)?;
         let (pid, next) = (std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let directory = Path::new(point).join(format!("gateway-test-{pid}-{next}-{name}"));
+        let directory =
+            Path::new(point).join(format!("gateway-test-{pid}-{next}-{}", name.replace("::", "-")));
         std::fs::create_dir(&directory)?;
         Ok(Cgroup(directory))
     }
@@ -133,6 +138,7 @@ impl Group {
             if address.is_ipv6() {
                 socket.set_only_v6(false).expect("dual stack");
             }
+            socket.set_reuse_address(true).expect("SO_REUSEADDR");
             socket.set_reuse_port(true).expect("SO_REUSEPORT");
             socket.bind(&address.into()).expect("bind");
             socket.listen(1024).expect("listen");
@@ -218,13 +224,118 @@ pub fn load(config: &schema::Kernel, cores: usize) -> Result<Kernel, Off> {
         config,
         cores,
         ports: &[],
+        state: Path::new("/tmp/state-of-a-test"),
     })
+}
+
+/// As [`load`], with ports that are counted from the start.
+pub fn load_ports(config: &schema::Kernel, ports: &[u16]) -> Result<Kernel, Off> {
+    Kernel::load(&Plan {
+        config,
+        cores: 1,
+        ports,
+        state: Path::new("/tmp/state-of-a-test"),
+    })
+}
+
+/// As [`load`], of a gateway that has its books there.
+pub fn in_state(state: &Path) -> Result<Kernel, Off> {
+    Kernel::load(&Plan {
+        config: &schema::Kernel::default(),
+        cores: 1,
+        ports: &[],
+        state,
+    })
+}
+
+/// The programs before one listener.
+pub fn load_on(listener: &TcpListener) -> Kernel {
+    load_with(&schema::Kernel::default(), listener)
+}
+
+/// The same with another configuration.
+pub fn load_with(config: &schema::Kernel, listener: &TcpListener) -> Kernel {
+    let mut kernel = load(config, 1).expect("the programs");
+    kernel.guard(&[listener.as_fd()]).expect("guarded");
+    kernel
+}
+
+/// Another host: a network namespace at the other end of a wire, with several addresses. This end is `veth0`.
+pub struct Peer(Child);
+
+impl Peer {
+    pub fn new() -> Peer {
+        let child = Command::new("unshare")
+            .args(["--net", "sleep", "600"])
+            .spawn()
+            .expect("a namespace");
+        let peer = Peer(child);
+        let pid = peer.0.id();
+        let own = std::fs::read_link("/proc/self/ns/net").expect("a namespace");
+        until("it has its own network", || {
+            std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|theirs| theirs != own)
+        });
+        let script = format!(
+            "set -e; ip link add veth0 type veth peer name veth1 netns {pid}; \
+             ip addr add 10.77.0.1/24 dev veth0; ip addr add 2001:db8:77::1/48 dev veth0 nodad; ip link set veth0 up; \
+             nsenter --net=/proc/{pid}/ns/net sh -ec ' \
+             for host in 2 3 4 5 6 7; do ip addr add 10.77.0.$host/24 dev veth1; done; \
+             for net in 2 3; do for host in 2 3; do ip addr add 2001:db8:77:$net::$host/48 dev veth1 nodad; done; done; \
+             ip link set veth1 up'"
+        );
+        let done = Command::new("sh").args(["-c", &script]).status().expect("sh");
+        assert!(done.success());
+        peer
+    }
+
+    /// A listener of this end's, on all its addresses.
+    pub fn listener(&self) -> TcpListener {
+        let group = Group::new("[::]:0", 1);
+        let listener = group.0.into_iter().next().expect("a listener");
+        listener.set_nonblocking(false).expect("blocking");
+        listener
+    }
+
+    /// Connects from one of the addresses over there. What is dropped without an answer times out after a second.
+    pub fn connect(&self, client: &str, listener: &TcpListener) -> io::Result<TcpStream> {
+        let client = ip(client);
+        let server = match client {
+            IpAddr::V4(_) => ip("10.77.0.1"),
+            IpAddr::V6(_) => ip("2001:db8:77::1"),
+        };
+        let server = SocketAddr::new(server, listener.local_addr()?.port());
+        let namespace = std::fs::File::open(format!("/proc/{}/ns/net", self.0.id()))?;
+        // In a thread of its own, which enters the namespace and ends there.
+        let connecting = std::thread::spawn(move || {
+            // SAFETY: setns takes a descriptor of a namespace; it changes this thread alone.
+            if unsafe { libc::setns(namespace.as_raw_fd(), libc::CLONE_NEWNET) } != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            let socket = Socket::new(Domain::for_address(server), Type::STREAM, None)?;
+            socket.bind(&SockAddr::from(SocketAddr::new(client, 0)))?;
+            socket.connect_timeout(&server.into(), Duration::from_secs(1))?;
+            Ok(TcpStream::from(socket))
+        });
+        connecting.join().expect("a thread")
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// The programs before a group of two listeners on 127.0.0.1.
 pub fn guarded() -> (Kernel, Group) {
+    guarded_with(&schema::Kernel::default())
+}
+
+/// The same with another configuration.
+pub fn guarded_with(config: &schema::Kernel) -> (Kernel, Group) {
     let group = Group::new("127.0.0.1:0", 2);
-    let mut kernel = load(&schema::Kernel::default(), 2).expect("the programs");
+    let mut kernel = load(config, 2).expect("the programs");
     kernel.guard(&group.fds()).expect("guarded");
     assert_eq!(kernel.degraded(), Vec::<String>::new());
     (kernel, group)
@@ -232,6 +343,11 @@ pub fn guarded() -> (Kernel, Group) {
 
 pub fn ip(text: &str) -> IpAddr {
     text.parse().expect("an address")
+}
+
+/// A network; an address is one of its own.
+pub fn net(text: &str) -> IpNet {
+    text.parse().unwrap_or_else(|_| IpNet::from(ip(text)))
 }
 
 /// Sends every packet, from whichever CPU, to `core`.

@@ -1,10 +1,14 @@
 //! The gateway's state as the admin API shows it.
 
-use std::{net::IpAddr, time::Duration};
+use std::time::Duration;
 
+use ipnet::IpNet;
 use serde_json::Value;
 
-use super::{BoxFuture, Plane};
+use super::{
+    BoxFuture, Plane,
+    kernel::{self, Target},
+};
 use crate::{
     control::plane::State,
     ledger::Counters,
@@ -15,50 +19,6 @@ use crate::{
         summary::summary,
     },
 };
-
-/// Counters of the kernel plane: field of [`State::kernel_status`], metric, help.
-const KERNEL_COUNTERS: [(&str, &str, &str); 8] = [
-    (
-        "dropped",
-        "gateway_kernel_dropped_total",
-        "Connection attempts of blocked clients dropped in the kernel.",
-    ),
-    (
-        "would_drop",
-        "gateway_kernel_would_drop_total",
-        "Connection attempts that would have been dropped; only observed.",
-    ),
-    (
-        "steered",
-        "gateway_kernel_steered_total",
-        "Connections given to the core on whose CPU they came.",
-    ),
-    (
-        "steered_away",
-        "gateway_kernel_steered_away_total",
-        "Connections given to another core, their own being loaded.",
-    ),
-    (
-        "fallback",
-        "gateway_kernel_fallback_total",
-        "Connections that the kernel spread by hash.",
-    ),
-    (
-        "opened",
-        "gateway_kernel_connections_opened_total",
-        "Connections opened, as the kernel counts them.",
-    ),
-    (
-        "closed",
-        "gateway_kernel_connections_closed_total",
-        "Connections closed, as the kernel counts them.",
-    ),
-    (
-        "retransmits",
-        "gateway_kernel_retransmits_total",
-        "TCP segments sent again to clients.",
-    ),
-];
 
 /// Counters of the ledger: field of its status, metric, help.
 const LEDGER_COUNTERS: [(&str, &str, &str); 5] = [
@@ -136,18 +96,22 @@ impl Plane for State {
         State::kernel_status(self)
     }
 
-    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
-        State::kernel_block(self, client, hold)
+    fn kernel_clients(&self, max: usize) -> Result<Value, String> {
+        State::kernel_clients(self, max)
     }
 
-    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
-        State::kernel_unblock(self, client)
+    fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String> {
+        State::kernel_block(self, target, hold)
+    }
+
+    fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
+        State::kernel_unblock(self, target)
     }
 }
 
 /// What is known beside the cores' own counters. A field that is not there has no metric: a kernel
 /// plane that is off has no counters, which is not the same as zero.
-fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
+fn write_state(status: &Value, figures: &Value, out: &mut Exposition) {
     let degraded = status["degraded"].as_array().map_or(0, Vec::len);
     out.gauge(
         "gateway_degraded",
@@ -161,20 +125,7 @@ fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
         )
         .value(generation);
     }
-    let loaded = kernel["loaded"].as_bool().unwrap_or_default();
-    out.gauge(
-        "gateway_kernel_loaded",
-        "Whether the kernel plane is loaded: 1 or 0.",
-    )
-    .value(u8::from(loaded));
-    write_counters(&KERNEL_COUNTERS, kernel, out);
-    if let Some(blocked) = kernel["blocked_clients"].as_u64() {
-        out.gauge(
-            "gateway_kernel_blocked_clients",
-            "Clients that the kernel drops now.",
-        )
-        .value(blocked);
-    }
+    kernel::write(figures, out);
     let ledger = &status["ledger"];
     write_counters(&LEDGER_COUNTERS, ledger, out);
     if let Some(bytes) = ledger["unsynced_bytes"].as_u64() {
@@ -211,7 +162,7 @@ fn write_models(totals: &[(String, String, Counters)], out: &mut Exposition) {
     }
 }
 
-fn write_counters(counters: &[(&str, &str, &str)], values: &Value, out: &mut Exposition) {
+pub(super) fn write_counters(counters: &[(&str, &str, &str)], values: &Value, out: &mut Exposition) {
     for (field, name, help) in counters {
         if let Some(count) = values[*field].as_u64() {
             out.counter(name, help).value(count);

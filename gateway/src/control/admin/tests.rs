@@ -37,16 +37,22 @@ impl Plane for Fake {
     fn kernel_status(&self) -> Value {
         json!({ "loaded": false })
     }
-    fn kernel_block(&self, client: IpAddr, hold: Duration) -> Result<(), String> {
-        self.note(format!("block {client} {}", hold.as_secs()));
-        match client.is_loopback() {
+    fn kernel_clients(&self, max: usize) -> Result<Value, String> {
+        self.note(format!("clients {max}"));
+        Ok(json!([]))
+    }
+    fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String> {
+        let net = target.net(IpNet::from);
+        self.note(format!("block {net} {}", hold.as_secs()));
+        match net.addr().is_loopback() {
             true => Err("exempt".into()),
-            false => Ok(()),
+            false => Ok(net),
         }
     }
-    fn kernel_unblock(&self, client: IpAddr) -> Result<bool, String> {
-        self.note(format!("unblock {client}"));
-        Ok(true)
+    fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
+        let net = target.net(IpNet::from);
+        self.note(format!("unblock {net}"));
+        Ok((net, true))
     }
 }
 
@@ -211,12 +217,19 @@ fn clients_are_blocked_and_unblocked() {
             .ask("POST /kernel/unblock", r#"{"client": "2001:db8::1"}"#)
             .await;
         assert_eq!(unblock.json()["was_blocked"], true);
+        let net = r#"{"client": "198.51.100.7/24", "for": "1m"}"#;
+        let net = server.ask("POST /kernel/block", net).await;
+        assert_eq!(net.json()["net"], "198.51.100.0/24");
+        assert_eq!(server.ask("GET /kernel/clients?max=7", "").await.status, 200);
+        assert_eq!(server.ask("GET /kernel/clients?max=no", "").await.status, 400);
         let calls = server.plane.calls.lock().expect("calls").clone();
         let wanted = [
-            "block 203.0.113.7 3600",
-            "block 203.0.113.8 600",
-            "block 127.0.0.1 600",
-            "unblock 2001:db8::1",
+            "block 203.0.113.7/32 3600",
+            "block 203.0.113.8/32 600",
+            "block 127.0.0.1/32 600",
+            "unblock 2001:db8::1/128",
+            "block 198.51.100.0/24 60",
+            "clients 7",
         ];
         assert_eq!(calls, wanted);
     });
@@ -229,6 +242,7 @@ fn what_is_not_understood_changes_nothing() {
             "",
             "[]",
             r#"{"client": "example.org"}"#,
+            r#"{"client": "203.0.113.0/33"}"#,
             r#"{"client": "203.0.113.7", "for": "soon"}"#,
             r#"{"client": "203.0.113.7", "for": "999ms"}"#,
             r#"{"client": "203.0.113.7", "for": "31d"}"#,

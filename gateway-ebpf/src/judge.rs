@@ -1,0 +1,124 @@
+//! Whether a client's connection is to be refused: blocks, rates, caps. What `listener` and `driver` share.
+
+use core::ptr::null_mut;
+
+use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_map_lookup_elem};
+use gateway_common::{Block, Client, ClientKey, HALF_OPEN_NS, Settings};
+
+use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};
+
+/// The block that holds a client now, given its whole address and its key; null: none. The client's own comes first, then the
+/// most specific of the networks; one that has expired does not count.
+///
+/// Pointers here are null and not `None`: an `Option` of a pointer is two words, of which the second is undefined when there
+/// is none, and the verifier refuses to see it stored.
+#[inline(always)]
+pub fn block_of(settings: &Settings, whole: &ClientKey, client: &ClientKey, now_ns: u64) -> *mut Block {
+    if let Some(block) = BLOCKS.get_ptr_mut(client) {
+        // SAFETY: a live value of the map. User space may write it at the same time: each field is one aligned word.
+        if now_ns < unsafe { (*block).until_ns } {
+            return block;
+        }
+    }
+    // The trie costs some 100 ns even when it is empty, and mostly it is.
+    if settings.nets == 0 {
+        return null_mut();
+    }
+    let key = Key::new(128, *whole);
+    // The helper and not `LpmTrie::get`, whose shared reference cannot be counted in.
+    // SAFETY: the map's own key type; the value lives until the program ends (RCU).
+    let block = unsafe {
+        let trie = (&raw const NETS).cast_mut();
+        bpf_map_lookup_elem(trie.cast(), (&raw const key).cast()).cast::<Block>()
+    };
+    // SAFETY: as above.
+    if block.is_null() || now_ns >= unsafe { (*block).until_ns } {
+        return null_mut();
+    }
+    block
+}
+
+/// True for a client that must not be refused. Asked only when it would be, so it costs served clients nothing.
+#[inline(always)]
+pub fn is_exempt(whole: &ClientKey) -> bool {
+    EXEMPT.get(&Key::new(128, *whole)).is_some()
+}
+
+/// Takes one connection from the client's allowance, a bucket that fills at its rate; true when it is empty.
+///
+/// The map holds when the next connection would be due, were they evenly spaced (the generic cell rate algorithm). Two CPUs
+/// that take from a full bucket at the same moment may take one for two.
+#[inline(always)]
+pub fn over_rate(settings: &Settings, client: &ClientKey, now_ns: u64) -> bool {
+    if settings.rate_ns == 0 {
+        return false;
+    }
+    let Some(due) = RATES.get_ptr_mut(client) else {
+        // No room or a race: the client has one connection more.
+        let _ = RATES.insert(client, &(now_ns + settings.rate_ns), 0);
+        return false;
+    };
+    take(due, settings.rate_ns, settings.burst_ns, now_ns)
+}
+
+/// True when the client has as many connections open as it may. Attempts that are under way do not count.
+#[inline(always)]
+pub fn over_open(settings: &Settings, entry: *mut Client) -> bool {
+    if entry.is_null() {
+        return false;
+    }
+    // SAFETY: a live value of the map; two aligned words, which another CPU may raise in between.
+    let open = unsafe { (*entry).opened.wrapping_sub((*entry).closed) };
+    settings.open_max != 0 && open >= settings.open_max
+}
+
+/// Takes an unknown client's attempt from the common allowance; true when that is used up. Known clients, those with an
+/// entry and so with a finished handshake behind them, are not bound by it.
+#[inline(always)]
+pub fn over_half_open(settings: &Settings, entry: *mut Client, now_ns: u64) -> bool {
+    if settings.half_open_ns == 0 || !entry.is_null() {
+        return false;
+    }
+    let Some(until) = HALF_OPEN.get_ptr_mut(0) else {
+        return false;
+    };
+    let slack = HALF_OPEN_NS.saturating_sub(settings.half_open_ns);
+    take(until, settings.half_open_ns, slack, now_ns)
+}
+
+/// Gives an unknown client's attempt back to the common allowance, because its handshake is complete.
+#[inline(always)]
+pub fn give_back(settings: &Settings) {
+    if settings.half_open_ns == 0 {
+        return;
+    }
+    if let Some(until) = HALF_OPEN.get_ptr_mut(0) {
+        add(until, settings.half_open_ns.wrapping_neg());
+    }
+}
+
+/// The client's entry, when there is a bound that asks for it; null: none.
+#[inline(always)]
+pub fn entry_of(settings: &Settings, client: &ClientKey) -> *mut Client {
+    if settings.open_max == 0 && settings.half_open_ns == 0 {
+        return null_mut();
+    }
+    CLIENTS.get_ptr_mut(client).unwrap_or(null_mut())
+}
+
+/// Takes `each` from a bucket that holds `slack + each`; true when there is not that much in it.
+#[inline(always)]
+fn take(due: *mut u64, each_ns: u64, slack_ns: u64, now_ns: u64) -> bool {
+    // SAFETY: a live value of the map, one aligned word.
+    let due_ns = unsafe { *due };
+    if due_ns <= now_ns {
+        // SAFETY: as above.
+        unsafe { *due = now_ns + each_ns };
+        return false;
+    }
+    if due_ns - now_ns > slack_ns {
+        return true;
+    }
+    add(due, each_ns);
+    false
+}
