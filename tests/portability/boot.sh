@@ -86,7 +86,6 @@ mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 mount -t bpf bpf /sys/fs/bpf
-mount -t tmpfs tmp /tmp
 ip link set lo up
 uname -srm
 cat /proc/sys/net/core/bpf_jit_enable
