@@ -34,7 +34,7 @@ pub struct Target {
 }
 
 /// All targets.
-pub const TARGETS: [Target; 4] = [
+pub const TARGETS: [Target; 6] = [
     Target {
         name: "head",
         check: checks::head,
@@ -52,6 +52,18 @@ pub const TARGETS: [Target; 4] = [
         check: checks::events,
         seeds: seeds::STREAMS,
         words: seeds::STREAM_WORDS,
+    },
+    Target {
+        name: "proxy",
+        check: checks::proxy,
+        seeds: seeds::PROXIES,
+        words: seeds::PROXY_WORDS,
+    },
+    Target {
+        name: "forwarded",
+        check: checks::forwarded,
+        seeds: seeds::FORWARDED,
+        words: seeds::FORWARDED_WORDS,
     },
     Target {
         name: "json",

@@ -100,3 +100,21 @@ pub const LEASED_SHARDS: usize = 1_024;
 /// Alerts of budgets that wait to be told. Beyond it the oldest are forgotten: each budget alerts at most eight times a
 /// period, so that is a storm of which nobody reads the end.
 pub const ALERTS_WAITING_MAX: usize = 1024;
+/// Longest PROXY header, bytes. Version 1 has at most 107; version 2 has 232 with the longest addresses, and leaves
+/// the rest to extensions, of which the largest in use is a client certificate's name.
+pub const PROXY_HEADER_BYTES_MAX: usize = 4 * 1024;
+
+/// Most proxies that a request is followed back over. More than any real path has; a longer list is a mistake or a trick.
+pub const FORWARDED_HOPS_MAX: usize = 32;
+
+/// Clients that user space turns away at the same time: as many as the kernel's map of blocks. 16 bytes each.
+pub const BLOCK_SLOTS: usize = 64 * 1024;
+
+/// Networks blocked by hand at the same time. Every request of a time in which somebody is blocked looks at all of them.
+pub const BLOCK_NETS_MAX: usize = 256;
+
+/// Offenders whose earlier drops are remembered, some 100 bytes each.
+pub const OFFENDERS_MAX: usize = 64 * 1024;
+
+/// Clients that a core counts one by one for `gateway top`; 88 bytes each.
+pub const CLIENT_SLOTS: usize = 2048;

@@ -170,7 +170,11 @@ impl Plane {
         let shared = Arc::new(Shared::new(snapshot, 1));
         let socket = tcp::listen(([127, 0, 0, 1], 0).into()).expect("a port");
         let addr = socket.local_addr().expect("an address");
-        let listening = vec![Listening { socket, tls: None }];
+        let listening = vec![Listening {
+            socket,
+            tls: None,
+            trust: Default::default(),
+        }];
         let cores = std::iter::once(listening).zip(journals).collect();
         let threads = core::start(&shared, engine, &[], cores).expect("a data plane");
         Plane {

@@ -12,4 +12,5 @@ pub mod reload;
 pub mod run;
 pub mod schema;
 pub mod status;
+pub mod top;
 pub mod usage;

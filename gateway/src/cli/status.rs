@@ -155,13 +155,13 @@ fn cell(name: &str, value: &Value) -> String {
 }
 
 /// Text without control characters: names come from elsewhere, and a terminal obeys what it is sent.
-fn printable(text: &str) -> String {
+pub(super) fn printable(text: &str) -> String {
     text.chars()
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
 }
 
-fn duration(seconds: f64) -> String {
+pub(super) fn duration(seconds: f64) -> String {
     match seconds {
         s if s <= 0.0 => "0".to_owned(),
         s if s < 0.001 => format!("{:.0} µs", s * 1e6),
@@ -173,7 +173,7 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-fn size(bytes: f64) -> String {
+pub(super) fn size(bytes: f64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if bytes < 1024.0 {
         return format!("{bytes:.0} B");

@@ -55,6 +55,8 @@ pub const LISTENERS_MAX: usize = 64;
 pub const ENDPOINTS_MAX: usize = 1024;
 /// Targets of one model: a choice looks at all of them.
 pub const TARGETS_MAX: usize = 64;
+/// Trusted proxies of one listener: the largest content delivery networks publish some hundred networks.
+pub const TRUSTED_PROXIES_MAX: usize = 1024;
 /// Sums of weights stay far from overflow.
 pub const WEIGHT_MAX: u32 = 1_000_000;
 /// More than any model can write, and small enough that reservations do not overflow.

@@ -3,24 +3,27 @@
 //! The comments are the descriptions in the JSON Schema that `gateway schema` prints, so they
 //! speak to the person who writes the file. Defaults stand in [`super::defaults`].
 
+mod escalation;
 mod kernel;
 mod ledger;
+mod listener;
 pub mod prices;
 
 pub use ledger::*;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Serialize};
 
 use super::{
     defaults::{self, *},
     error::Problem,
-    units::{Address, Bytes, Secret, Span},
+    units::{Bytes, Secret, Span},
 };
 use crate::bounds::NAME_BYTES_MAX;
 
+pub use escalation::{ESCALATION_FACTOR_MAX, Escalation};
 pub use kernel::{Connections, Drop, Kernel, KernelMode, Xdp, XdpMode};
 mod admin;
 mod limits;
@@ -28,6 +31,7 @@ mod store;
 
 pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
 pub use limits::*;
+pub use listener::{Certificate, ClientHeader, Listener, ProxyProtocol, Tls};
 pub use store::*;
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
@@ -101,79 +105,6 @@ pub struct Config {
     /// Whether a secret stands in the file itself; filled by the loader.
     #[serde(skip)]
     pub(super) literal_secrets: bool,
-}
-
-/// An address on which clients are served.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Listener {
-    /// IP address and port, for example `0.0.0.0:8080` or `[::]:8443`; each at most once.
-    #[schemars(with = "Address")]
-    pub address: SocketAddr,
-    /// Serve HTTPS with this certificate, or with several told apart by the server name (SNI), of
-    /// which the first is the default. Absent: plain HTTP.
-    #[serde(default)]
-    pub tls: Option<Tls>,
-}
-
-/// One certificate or a list of them.
-#[derive(Debug, Clone, Serialize, JsonSchema)]
-#[serde(untagged)]
-pub enum Tls {
-    /// One certificate for every server name.
-    One(Certificate),
-    /// Several certificates; the first answers for unknown server names.
-    Several(Vec<Certificate>),
-}
-
-impl Tls {
-    /// The certificates in their order.
-    pub fn certificates(&self) -> &[Certificate] {
-        match self {
-            Tls::One(certificate) => std::slice::from_ref(certificate),
-            Tls::Several(certificates) => certificates,
-        }
-    }
-
-    pub(super) fn certificates_mut(&mut self) -> &mut [Certificate] {
-        match self {
-            Tls::One(certificate) => std::slice::from_mut(certificate),
-            Tls::Several(certificates) => certificates,
-        }
-    }
-}
-
-// Serde's own untagged enums lose the place and the reason of an error.
-impl<'de> Deserialize<'de> for Tls {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Tls, D::Error> {
-        struct Visitor;
-        impl<'de> de::Visitor<'de> for Visitor {
-            type Value = Tls;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a certificate or a list of certificates")
-            }
-
-            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<Tls, A::Error> {
-                Certificate::deserialize(de::value::MapAccessDeserializer::new(map)).map(Tls::One)
-            }
-
-            fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Tls, A::Error> {
-                Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Tls::Several)
-            }
-        }
-        deserializer.deserialize_any(Visitor)
-    }
-}
-
-/// A certificate and its private key, both PEM files. They are read at start and at reload.
-#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Certificate {
-    /// File with the certificate, followed by the intermediate ones.
-    pub certificate: PathBuf,
-    /// File with the private key (PKCS #8, PKCS #1 or SEC 1), not encrypted.
-    pub key: PathBuf,
 }
 
 /// Which API a provider speaks.

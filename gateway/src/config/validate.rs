@@ -5,6 +5,7 @@ mod admin;
 mod kernel;
 mod limits;
 mod prices;
+mod proxies;
 mod runtime;
 mod store;
 mod upstream;

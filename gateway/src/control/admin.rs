@@ -5,6 +5,7 @@
 //! |------------------------|---------------------------------------------------------------|
 //! | `GET /healthz`         | `ok` while the control thread runs; the one without a token   |
 //! | `GET /metrics`         | Prometheus text                                               |
+//! | `GET /top`             | clients and keys, the busiest first: `?sort=tokens&limit=50`   |
 //! | `GET /status`          | the state as JSON                                             |
 //! | `POST /reload`         | puts the configuration file in force; 422 where it is wrong   |
 //! | `GET /kernel`          | the kernel plane in detail                                    |
@@ -33,6 +34,7 @@ mod teams;
 #[cfg(test)]
 mod tests;
 mod token;
+pub mod top;
 
 use std::{
     future::Future,
@@ -101,6 +103,10 @@ pub trait Plane: Send + Sync + 'static {
     fn status(&self) -> BoxFuture<'_, Value>;
     /// Prometheus text.
     fn metrics(&self) -> BoxFuture<'_, String>;
+    /// Clients and keys, for `gateway top`.
+    fn top(&self, _query: &top::Query) -> Value {
+        Value::Null
+    }
     /// Puts the configuration file in force; says what happened, or why nothing did.
     fn reload(&self) -> Result<String, String>;
     /// The kernel plane in detail.
@@ -245,6 +251,13 @@ fn described() -> Routes {
             "/status",
             status,
             state("getStatus", "The gateway's state").answer::<Anything>(StatusCode::OK, "The state."),
+        )
+        .get(
+            "/top",
+            top::show,
+            state("getTop", "What clients and keys do, the busiest first")
+                .query::<top::Query>()
+                .answer::<Anything>(StatusCode::OK, "Clients and keys."),
         )
         .post(
             "/reload",

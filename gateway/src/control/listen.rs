@@ -14,16 +14,21 @@ use crate::{
     config::Config,
     core::Listening,
     net::{tcp, tls},
+    serve::trust::Trust,
 };
 
 /// A listener's TLS settings, swapped by a reload.
 pub type SharedTls = Option<Arc<ArcSwap<ServerConfig>>>;
+
+/// The proxies before a listener, swapped by a reload.
+pub type SharedTrust = Arc<ArcSwap<Trust>>;
 
 /// The sockets of one listener, in the order of the cores.
 pub struct Group {
     /// The address, with the port that the kernel chose where the configuration says 0.
     pub address: SocketAddr,
     pub tls: SharedTls,
+    pub trust: SharedTrust,
     sockets: Vec<TcpListener>,
 }
 
@@ -57,6 +62,7 @@ pub fn open(config: &Config, cores: usize) -> anyhow::Result<Vec<Group>> {
         groups.push(Group {
             address,
             tls,
+            trust: Arc::new(ArcSwap::from_pointee(Trust::new(listener))),
             sockets,
         });
     }
@@ -71,6 +77,7 @@ pub fn by_core(groups: Vec<Group>, cores: usize) -> Vec<Vec<Listening>> {
             core.push(Listening {
                 socket,
                 tls: group.tls.clone(),
+                trust: group.trust.clone(),
             });
         }
     }

@@ -4,6 +4,7 @@
 //! tokio runtime, so that ordinary libraries run on it; where io_uring is forbidden, on plain tokio.
 
 mod access;
+mod drops;
 mod listen;
 mod plane;
 pub mod quota;
@@ -139,6 +140,7 @@ impl Gateway {
         }
         let addresses = listeners.iter().map(|listener| listener.address).collect();
         let tls = listeners.iter().map(|listener| listener.tls.clone()).collect();
+        let trust = listeners.iter().map(|listener| listener.trust.clone()).collect();
         let sockets = listen::by_core(listeners, cores);
         let pins = if config.workers.pin { cpus } else { Vec::new() };
         let threads = core::start(
@@ -160,6 +162,7 @@ impl Gateway {
             log,
             addresses,
             tls,
+            trust,
         )?;
         state.cluster = cluster;
         Ok(Gateway {
@@ -265,6 +268,7 @@ fn guard_listeners(
         .try_for_each(|listener| kernel.guard(&listener.descriptors()));
     let kernel = kernel_or_reason(config, guarded.map(|()| kernel))?;
     if let Ok(kernel) = &kernel {
+        kernel.set_exempt(&drops::exempt(config));
         for part in kernel.degraded() {
             tracing::warn!("kernel plane: {part}");
         }

@@ -1,7 +1,8 @@
 //! What the control thread knows and can do: the state behind the admin API.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    collections::HashMap,
+    net::SocketAddr,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -15,9 +16,10 @@ use serde_json::{Value, json};
 
 use super::{
     access::{Directory, Names},
-    admin::{self, Guard, kernel::Target},
+    admin::{self, Guard, kernel::Target, top},
     cluster::Cluster,
-    listen::SharedTls,
+    drops::{self, Drops},
+    listen::{SharedTls, SharedTrust},
     notify,
     quota::Alerts,
 };
@@ -28,10 +30,13 @@ use crate::{
     },
     core::Shared,
     fleet::resolve::Resolver,
-    kernel::{BlockError, Kernel},
+    kernel::Kernel,
     ledger::{Counters, Ledger},
     net::{clock, runtime::Engine, tls},
-    serve::snapshot::{Registry, Snapshot},
+    serve::{
+        snapshot::{Registry, Snapshot},
+        trust::Trust,
+    },
     telemetry::{
         self,
         access::{AccessLog, Destination},
@@ -42,8 +47,8 @@ use crate::{
 /// Ticks between two counts of the blocked clients, which walk the kernel's map: about a second.
 const TICKS_PER_COUNT: u64 = 50;
 
-/// Offenders taken from the queue in one tick.
-const OFFENDERS_PER_TICK: usize = 256;
+/// Clients that are taken from the kernel for `gateway top`, those with the most connections first.
+const TOP_CLIENTS_MAX: usize = 4096;
 
 /// The gateway as its control thread sees it.
 pub struct State {
@@ -60,6 +65,8 @@ pub struct State {
     blocked: AtomicUsize,
     addresses: Vec<SocketAddr>,
     tls: Vec<SharedTls>,
+    trust: Vec<SharedTrust>,
+    drops: Drops,
     /// What the process was started with: what only a restart changes still is as it says.
     at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
@@ -90,6 +97,7 @@ impl State {
         log: AccessLog,
         addresses: Vec<SocketAddr>,
         tls: Vec<SharedTls>,
+        trust: Vec<SharedTrust>,
     ) -> anyhow::Result<State> {
         let resolver = Resolver::start()?;
         let config = {
@@ -98,6 +106,10 @@ impl State {
             inner.config.clone()
         };
         let alerts = Alerts::start(&config.alerts)?;
+        directory
+            .shared
+            .blocks
+            .set_observe(config.kernel.mode == KernelMode::Observe);
         Ok(State {
             shared: directory.shared.clone(),
             engine,
@@ -111,6 +123,8 @@ impl State {
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
+            trust,
+            drops: Drops::new(),
             at_start: config,
             inner,
             directory,
@@ -135,14 +149,12 @@ impl State {
     pub fn tick(&self) {
         self.alerts.tick(&self.shared.snapshot.load().quota);
         let kernel = self.kernel().ok();
-        for _ in 0..OFFENDERS_PER_TICK {
-            let Some(client) = self.shared.refusals.next_offender() else {
-                break;
-            };
-            if let Some(kernel) = &kernel {
-                self.drop_offender(kernel, client);
-            }
-        }
+        self.drops.tick(
+            &self.shared,
+            kernel.as_deref(),
+            &self.inner().config,
+            &|net, hold| self.tell_block(net, Some(hold)),
+        );
         let Some(kernel) = kernel else { return };
         if self
             .ticks
@@ -156,18 +168,6 @@ impl State {
             (core.core(), streams)
         }));
         kernel.tick();
-    }
-
-    fn drop_offender(&self, kernel: &Kernel, client: IpAddr) {
-        let hold = self.inner().config.kernel.drop.hold.0;
-        match kernel.block_client(client, hold) {
-            Ok(()) => {
-                tracing::info!(%client, seconds = hold.as_secs(), "client is refused again and again: blocked");
-                self.tell_block(kernel.net_of(client), Some(hold));
-            }
-            Err(BlockError::Exempt(reason)) => tracing::debug!(%client, reason, "client is not blocked"),
-            Err(error) => tracing::warn!(%client, %error, "cannot block a client"),
-        }
     }
 
     /// Whether every core has shown itself lately.
@@ -238,6 +238,15 @@ impl State {
                 shared.store(fresh);
             }
         }
+        for (trust, listener) in self
+            .trust
+            .iter()
+            .zip(same_listeners(&self.at_start.listeners, &config.listeners))
+        {
+            if let Some(listener) = listener {
+                trust.store(Arc::new(Trust::new(listener)));
+            }
+        }
         self.follow(&config);
         inner.config = config;
         super::access::renew_organizations(&self.shared, &inner.config);
@@ -273,10 +282,13 @@ impl State {
 
     /// Lets everything beside the data plane follow a new configuration.
     fn follow(&self, config: &Config) {
+        self.shared
+            .blocks
+            .set_observe(config.kernel.mode == KernelMode::Observe);
         if let Ok(kernel) = self.kernel() {
             kernel.set_observe(config.kernel.mode == KernelMode::Observe);
             kernel.set_steering(config.kernel.steering);
-            kernel.set_exempt(&config.kernel.drop.exempt);
+            kernel.set_exempt(&drops::exempt(config));
             kernel.set_connections(&config.kernel.connections);
         }
         if let Err(error) = logging::set_level(&config.log.level) {
@@ -366,6 +378,39 @@ impl State {
         self.ledger.totals()
     }
 
+    /// Clients and keys, for `gateway top`.
+    pub fn top(&self, query: &top::Query) -> Value {
+        let mut clients = top::Clients::default();
+        let mut sums = HashMap::new();
+        for core in &self.shared.cores {
+            core.clients().add_to(&mut sums);
+        }
+        clients.figures(sums);
+        let off = match self.kernel() {
+            Ok(kernel) => {
+                clients.kernel(kernel.clients(TOP_CLIENTS_MAX));
+                for blocked in kernel.blocked().iter().take(TOP_CLIENTS_MAX) {
+                    let seconds = blocked.remaining.as_secs_f64();
+                    clients.blocked(blocked.net.addr(), seconds, blocked.dropped);
+                }
+                None
+            }
+            Err(reason) => Some(reason),
+        };
+        let totals = telemetry::totals(&self.shared.cores);
+        json!({
+            "connections": totals.connections_open(),
+            "streams": totals.streams_open(),
+            "requests": totals.requests,
+            "refusals": totals.refused_total() + totals.clients_turned_away,
+            "tokens": totals.tokens_prompt.saturating_add(totals.tokens_completion),
+            "uptime_seconds": self.started.elapsed().as_secs_f64(),
+            "kernel_off": off,
+            "clients": clients.json(query),
+            "keys": top::keys(self.ledger.totals(), query),
+        })
+    }
+
     /// The kernel plane in detail, for `gateway kernel status`.
     pub fn kernel_status(&self) -> Value {
         let kernel = match self.kernel() {
@@ -392,6 +437,7 @@ impl State {
         let kernel = self.kernel()?;
         let net = target.net(|client| kernel.net_of(client));
         kernel.block(net, hold).map_err(|error| error.to_string())?;
+        self.drops.block_net(&self.shared, net, hold)?;
         self.tell_block(net, Some(hold));
         Ok(net)
     }
@@ -400,6 +446,7 @@ impl State {
     pub fn kernel_unblock(&self, target: Target) -> Result<(IpNet, bool), String> {
         let kernel = self.kernel()?;
         let net = target.net(|client| kernel.net_of(client));
+        self.drops.lift(&self.shared, net);
         let lifted = kernel.unblock(net).map_err(|error| error.to_string())?;
         self.tell_block(net, None);
         Ok((net, lifted))

@@ -1,10 +1,10 @@
 //! One data-plane thread: what it owns, how it starts, accepts, ticks and ends.
 
+pub mod seats;
 mod thread;
 
 use std::{
     cell::{Cell, RefCell, RefMut},
-    net::IpAddr,
     rc::Rc,
     sync::{
         Arc,
@@ -24,11 +24,12 @@ use crate::{
         record::{Record, RequestId},
     },
     net::{clock, signal::Signal, sleep},
-    quota::refusals::Refusals,
+    quota::refusals::{Blocks, Origin, Refusals},
     serve::{keys::Keys, snapshot::Snapshot},
-    telemetry::{CoreShared, CoreTelemetry, Refusal},
+    telemetry::{CoreShared, CoreTelemetry, Refusal, clients::Event},
 };
 
+use seats::Seats;
 pub use thread::{Listening, Threads, start};
 
 /// Drain level: no new connections, idle ones are closed, running requests go on.
@@ -44,6 +45,8 @@ pub struct Shared {
     pub keys: Keys,
     /// Evidence for early drops.
     pub refusals: Refusals,
+    /// Clients that are turned away now.
+    pub blocks: Blocks,
     /// 0, [`DRAIN`] or [`STOP`]; cores follow within a tick.
     level: AtomicU64,
     /// Each core's counters and access log.
@@ -57,6 +60,7 @@ impl Shared {
             snapshot: ArcSwap::from_pointee(snapshot),
             keys: Keys::default(),
             refusals: Refusals::default(),
+            blocks: Blocks::default(),
             level: AtomicU64::new(0),
             cores: (0..cores).map(|core| Arc::new(CoreShared::new(core))).collect(),
         }
@@ -87,6 +91,10 @@ pub struct Core {
     pub revocations: Signal,
     /// Bytes of requests' and answers' bodies held now; see [`Share`].
     bodies_bytes: Cell<usize>,
+    /// Open connections, by whom they serve.
+    pub seats: Seats,
+    /// How far [`Blocks::generation`] has been followed.
+    blocks_seen: Cell<u64>,
     /// Connections of clients open now.
     pub connections: Cell<usize>,
     /// Requests accepted and not ended: records to be written.
@@ -110,6 +118,8 @@ impl Core {
             ticks: Signal::default(),
             revocations: Signal::default(),
             bodies_bytes: Cell::new(0),
+            seats: Seats::default(),
+            blocks_seen: Cell::new(0),
             connections: Cell::new(0),
             accounts_open: Cell::new(0),
             empty: Arc::from(""),
@@ -194,7 +204,7 @@ impl Core {
     }
 
     /// Notes that a client was refused; a client's fault counts against its address.
-    pub fn note_refusal(&self, client: IpAddr, error: &Error) {
+    pub fn note_refusal(&self, client: Origin, error: &Error) {
         let reason = match error.kind {
             Kind::Unauthenticated => Refusal::Unauthenticated,
             Kind::Forbidden => Refusal::Forbidden,
@@ -205,6 +215,7 @@ impl Core {
             _ => Refusal::Overloaded,
         };
         self.telemetry.counters().refuse(reason);
+        self.telemetry.client(client.ip, Event::Refused);
         if error.kind.source() == Source::Client {
             let rule = self.shared.snapshot.load().refusals;
             self.shared.refusals.refused(client, &rule, clock::monotonic_ns());
@@ -212,8 +223,36 @@ impl Core {
     }
 
     /// Notes that a client's request was accepted: earlier refusals are forgiven.
-    pub fn note_accepted(&self, client: IpAddr) {
-        self.shared.refusals.accepted(client);
+    pub fn note_accepted(&self, client: Origin) {
+        let prefixes = self.shared.snapshot.load().refusals.prefixes;
+        self.shared.refusals.accepted(client, prefixes);
+        self.telemetry.client(client.ip, Event::Accepted);
+    }
+
+    /// For how long a client is turned away; None when it is let in. In the mode `observe` it is counted and let in.
+    pub fn turned_away(&self, client: Origin) -> Option<Duration> {
+        let now_ns = clock::monotonic_ns();
+        let until_ns = self.blocked_until(client, now_ns)?;
+        if self.shared.blocks.observes() {
+            self.telemetry.counters().clients_would_turn_away.inc();
+            return None;
+        }
+        Some(Duration::from_nanos(until_ns - now_ns))
+    }
+
+    fn blocked_until(&self, client: Origin, now_ns: u64) -> Option<u64> {
+        let prefixes = self.shared.snapshot.load().refusals.prefixes;
+        self.shared.blocks.until(client, prefixes, now_ns)
+    }
+
+    /// Tells the open connections of clients that have been blocked since the last time.
+    fn follow_blocks(&self, now_ns: u64) {
+        let generation = self.shared.blocks.generation();
+        if self.blocks_seen.replace(generation) == generation || self.shared.blocks.observes() {
+            return;
+        }
+        self.seats
+            .tell(|client| self.blocked_until(client, now_ns).is_some());
     }
 }
 

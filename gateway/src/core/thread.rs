@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use pin_project_lite::pin_project;
 use rustls::ServerConfig;
 
@@ -25,7 +25,7 @@ use crate::{
         runtime::{self, Engine, sleep, spawn},
         tcp::{Listener, Sock, stop_listening},
     },
-    serve::connection,
+    serve::{connection, trust::Trust},
 };
 
 /// How often a core looks after itself: follows the drain level, publishes what was asked for, sweeps.
@@ -45,6 +45,8 @@ pub struct Listening {
     pub socket: TcpListener,
     /// Swapped by a reload; a connection takes what is there when it comes.
     pub tls: Option<Arc<ArcSwap<ServerConfig>>>,
+    /// The proxies before it; swapped likewise.
+    pub trust: Arc<ArcSwap<Trust>>,
 }
 
 /// The running data plane.
@@ -136,7 +138,7 @@ fn run(start: Start, ready: mpsc::Sender<io::Result<()>>) -> io::Result<()> {
             match Listener::new(listening.socket) {
                 Ok(listener) => {
                     sockets.push(listener.fd());
-                    spawn(accept(core.clone(), listener, listening.tls));
+                    spawn(accept(core.clone(), listener, listening.tls, listening.trust));
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -163,6 +165,7 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         core.telemetry.beat(now_ns / 1_000_000);
         core.telemetry.publish_if_asked();
         core.turn_journal();
+        core.follow_blocks(now_ns);
         if ticks.is_multiple_of(TICKS_PER_SWEEP) {
             core.pool.borrow_mut().sweep(now_ns);
         }
@@ -188,10 +191,18 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
 }
 
 /// Accepts until the listener is closed.
-async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ArcSwap<ServerConfig>>>) {
+async fn accept(
+    core: Rc<Core>,
+    listener: Listener,
+    tls: Option<Arc<ArcSwap<ServerConfig>>>,
+    trust: Arc<ArcSwap<Trust>>,
+) {
     loop {
         match listener.accept().await {
-            Ok((sock, peer)) => admit(&core, sock, peer, tls.as_ref().map(|tls| tls.load_full())),
+            Ok((sock, peer)) => {
+                let tls = tls.as_ref().map(|tls| tls.load_full());
+                admit(&core, sock, peer, tls, &trust);
+            }
             Err(_) if core.drain.level() >= DRAIN || core.shared.level() >= DRAIN => return,
             Err(error) => {
                 // Out of descriptors or memory, or a connection that was reset before it was accepted.
@@ -204,20 +215,36 @@ async fn accept(core: Rc<Core>, listener: Listener, tls: Option<Arc<ArcSwap<Serv
     }
 }
 
-/// Starts a connection's task, or closes the connection where there are too many.
-fn admit(core: &Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<Arc<ServerConfig>>) {
+/// Starts a connection's task, or closes the connection where there are too many, or where its client is turned away.
+fn admit(
+    core: &Rc<Core>,
+    sock: Rc<Sock>,
+    peer: SocketAddr,
+    tls: Option<Arc<ServerConfig>>,
+    trust: &ArcSwap<Trust>,
+) {
     let counters = core.telemetry.counters();
     if core.connections.get() >= core.shared.snapshot.load().http.connections_max {
         counters.connections_refused.inc();
         sock.reset_on_close();
         return;
     }
+    let trust = trust.load();
+    let hop = trust.origin(peer.ip().to_canonical(), false);
+    // It came through before the kernel knew of the block.
+    if core.turned_away(hop).is_some() {
+        counters.connections_turned_away.inc();
+        sock.reset_on_close();
+        return;
+    }
+    // Most listeners have no proxy before them, and their connections hold nothing of it.
+    let trust = (!trust.is_nobody()).then(|| Guard::into_inner(trust));
     counters.connections_opened.inc();
     core.connections.set(core.connections.get() + 1);
     let core = core.clone();
     spawn(async move {
         let served = Guarded {
-            future: connection::run(core.clone(), sock, peer, tls),
+            future: connection::run(core.clone(), sock, hop, tls, trust),
         }
         .await;
         if served.is_err() {

@@ -141,6 +141,13 @@ impl Sock {
         }
     }
 
+    /// As [`Sock::try_read`], but what has arrived stays where it is.
+    pub fn try_peek(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+        const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+        // SAFETY: the pointer and the length are those of `buffer`, which lives over the call.
+        settle(unsafe { libc::recv(self.fd, buffer.as_mut_ptr().cast(), buffer.len(), FLAGS) })
+    }
+
     /// Hands bytes to the kernel. `None`: it takes none now.
     pub fn try_write(&self, bytes: &[u8]) -> io::Result<Option<usize>> {
         const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;

@@ -14,7 +14,7 @@ use crate::{
     net::clock,
     quota::{Amounts, Denied, Reservation, reservation::Exhausted},
     serve::{keys::Key, snapshot::Model},
-    telemetry::access::AccessEntry,
+    telemetry::{access::AccessEntry, clients::Event},
 };
 
 /// Closes itself exactly once: by [`Account::settle`], or, where a request ends in no other way, when it is
@@ -371,6 +371,12 @@ impl Account {
             Outcome::UpstreamFailed | Outcome::TimedOut => counters.upstream_errors.inc(),
             Outcome::Complete | Outcome::Stopped => {}
         }
+        let ended = Event::Ended {
+            tokens: record.usage.total(),
+            bytes_in: record.bytes_in,
+            bytes_out: record.bytes_out,
+        };
+        telemetry.client(self.client, ended);
         telemetry.record_total_us(record.duration_us);
         if record.ttft_us > 0 {
             telemetry.record_ttft_us(record.ttft_us);

@@ -1,21 +1,17 @@
 //! A client's connection: one request after the other, and its end.
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 
-use super::{answer, relay::Stream, request};
+use super::{answer, ends::End, preface, relay::Stream, request, trust::Trust};
 use crate::{
-    core::{Core, DRAIN, STOP},
+    core::{Core, DRAIN, STOP, seats::Seat},
     error::{Dialect, Error, Kind},
     http::head::{HeadError, RequestHead},
     net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
+    quota::refusals::{Origin, Via},
+    telemetry::clients::Event,
 };
 
 /// How long a connection that is closed after an error is read on, so that the client gets to see the error
@@ -55,8 +51,14 @@ pub enum Served {
 pub struct Client {
     /// The stream itself.
     pub conn: Conn,
-    /// The address to which limits and blocks apply.
-    pub ip: IpAddr,
+    /// Whom limits and blocks apply to: the client of the current request, or who is next to us before one has come.
+    pub origin: Origin,
+    /// Tells when that client is turned away.
+    pub seat: Rc<Seat>,
+    /// Who is at the other end, as the connection or its PROXY header says.
+    hop: Origin,
+    /// What proxies are believed; none where no proxy stands before the listener.
+    trust: Option<Arc<Trust>>,
     /// Bytes received and not consumed. While a request runs it begins with the request's head.
     pub inbuf: Vec<u8>,
     /// The head of the current request; its length is 0 when it has been consumed.
@@ -87,12 +89,30 @@ enum Awaited {
     End,
     /// A head began and did not end in time.
     TooSlow,
+    /// The client is turned away, and has begun a request.
+    TurnedAway,
     Bad(HeadError),
 }
 
 /// Serves a connection from its beginning to its end.
-pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<Arc<ServerConfig>>) {
+pub async fn run(
+    core: Rc<Core>,
+    sock: Rc<Sock>,
+    peer: Origin,
+    tls: Option<Arc<ServerConfig>>,
+    trust: Option<Arc<Trust>>,
+) {
     let http = core.snapshot().http;
+    let hop = match &trust {
+        None => peer,
+        Some(trust) => match preface::hop(&core, &sock, peer, trust, http.head_timeout).await {
+            Some(hop) => hop,
+            None => return,
+        },
+    };
+    let sitting = core.seats.take();
+    let _open = Open::new(&core, hop.ip);
+    sitting.seat.serve((hop.via != Via::Proxy).then_some(hop));
     let conn = match tls {
         None => Conn::plain(sock),
         Some(config) => match handshake(&core, sock, &config, http.head_timeout).await {
@@ -100,10 +120,12 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
             None => return,
         },
     };
-    let ip = peer.ip().to_canonical();
     let mut client = Client {
         conn,
-        ip,
+        origin: hop,
+        seat: sitting.seat.clone(),
+        hop,
+        trust,
         inbuf: Vec::new(),
         head: RequestHead::new(),
         body_is_open: false,
@@ -114,11 +136,15 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
     let mut is_new = true;
     loop {
         match client.await_head(&core, idle, http.head_timeout, is_new).await {
-            Awaited::Head => {}
+            Awaited::Head => client.identify(),
             Awaited::End => return client.conn.shutdown(),
             Awaited::TooSlow => {
                 let error = Error::new(Kind::RequestTimeout, "the request head did not come in time");
                 return client.refuse_head(&core, &error).await;
+            }
+            Awaited::TurnedAway => {
+                core.telemetry.counters().clients_turned_away.inc();
+                return client.refuse_head(&core, &End::Blocked.error()).await;
             }
             Awaited::Bad(error) => {
                 let mut answer = Error::new(Kind::BadRequest, error.to_string());
@@ -138,8 +164,28 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
             Next::Close => return client.linger(&core).await,
             Next::Gone => return,
         }
+        client.forget_request();
         idle = http.idle_timeout;
         is_new = false;
+    }
+}
+
+/// Counts a client's connection for as long as it is open.
+struct Open<'c> {
+    core: &'c Core,
+    client: IpAddr,
+}
+
+impl Open<'_> {
+    fn new(core: &Core, client: IpAddr) -> Open<'_> {
+        core.telemetry.client(client, Event::Opened);
+        Open { core, client }
+    }
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        self.core.telemetry.client(self.client, Event::Closed);
     }
 }
 
@@ -164,6 +210,22 @@ async fn handshake(
 }
 
 impl Client {
+    /// Finds out whose request the head is.
+    fn identify(&mut self) {
+        let Some(trust) = &self.trust else { return };
+        self.origin = trust.client(self.hop, &self.head, &self.inbuf);
+        self.seat
+            .serve((self.origin.via != Via::Proxy).then_some(self.origin));
+    }
+
+    /// Between two requests of a proxy's connection it serves nobody who could be turned away.
+    fn forget_request(&mut self) {
+        if self.hop.via == Via::Proxy {
+            self.origin = self.hop;
+            self.seat.serve(None);
+        }
+    }
+
     /// Waits for a whole head: at most `idle` for its first byte, `whole` for the rest.
     /// `look`: read before the first wait.
     async fn await_head(
@@ -206,7 +268,8 @@ impl Client {
                 // An idle connection owns no buffer.
                 self.inbuf = Vec::new();
                 let left = idle_until_ns.saturating_sub(clock::monotonic_ns());
-                let quiet = race(core.late(Duration::from_nanos(left)), core.drain.reached(DRAIN));
+                let ends = race(core.drain.reached(DRAIN), self.seat.blocked());
+                let quiet = race(core.late(Duration::from_nanos(left)), ends);
                 match race(self.conn.readable(), quiet).await {
                     Either::First(()) => {}
                     Either::Second(_) => return Awaited::End,
@@ -216,13 +279,11 @@ impl Client {
             let now_ns = clock::monotonic_ns();
             let deadline_ns = *deadline_ns.get_or_insert(now_ns + whole.as_nanos() as u64);
             let left = Duration::from_nanos(deadline_ns.saturating_sub(now_ns));
-            if let Either::Second(_) = race(
-                self.conn.readable(),
-                race(core.late(left), core.drain.reached(STOP)),
-            )
-            .await
-            {
-                return Awaited::TooSlow;
+            let ends = race(core.late(left), core.drain.reached(STOP));
+            match race(self.conn.readable(), race(ends, self.seat.blocked())).await {
+                Either::First(()) => {}
+                Either::Second(Either::First(_)) => return Awaited::TooSlow,
+                Either::Second(Either::Second(())) => return Awaited::TurnedAway,
             }
         }
     }
@@ -274,7 +335,9 @@ impl Client {
             ..answer::Head::default()
         };
         let bytes = answer::error(error, Dialect::OpenAi, head);
-        core.note_refusal(self.ip, error);
+        if !self.seat.is_blocked() {
+            core.note_refusal(self.origin, error);
+        }
         if self.conn.write_all(&bytes, self.stall).await.is_ok() {
             self.linger(core).await;
         }

@@ -1,4 +1,4 @@
-//! What ends a request from outside: the gateway's end, or its key's.
+//! What ends a request from outside: the gateway's end, its key's, or that its client is turned away.
 
 use std::{
     future::Future,
@@ -6,11 +6,15 @@ use std::{
     rc::Rc,
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use super::keys::Life;
 use crate::{
-    core::{Core, STOP},
+    core::{
+        Core, STOP,
+        seats::{Blocked, Seat},
+    },
     error::{Error, Kind},
     net::signal::Reached,
 };
@@ -22,6 +26,8 @@ pub enum End {
     Stop,
     /// The key was revoked.
     Revoked,
+    /// The client was blocked.
+    Blocked,
 }
 
 impl End {
@@ -33,14 +39,26 @@ impl End {
                 code: Some("key_revoked"),
                 ..Error::new(Kind::Unauthenticated, "this API key has been revoked")
             },
+            End::Blocked => blocked(None),
         }
     }
 }
 
-/// Waits for either. Two slots in the core's lists while it waits; woken for a revocation of any key, which is rare.
+/// What a client is told that is turned away, with the time that is left where it is known.
+pub fn blocked(left: Option<Duration>) -> Error {
+    let message = "too many requests of this client were refused; it is not served for a while";
+    Error {
+        code: Some("client_blocked"),
+        retry_after_s: left.map(|left| left.as_secs() + 1),
+        ..Error::new(Kind::RateLimited, message)
+    }
+}
+
+/// Waits for any of these. Two slots in the core's lists while it waits; woken for a revocation of any key, which is rare.
 pub struct Ends {
     core: Rc<Core>,
     life: Arc<Life>,
+    seat: Blocked,
     stop: Reached,
     revocation: Reached,
     /// The key's state was looked at since the last revocation.
@@ -49,10 +67,11 @@ pub struct Ends {
 
 impl Ends {
     /// For a request with this key.
-    pub fn new(core: &Rc<Core>, life: &Arc<Life>) -> Ends {
+    pub fn new(core: &Rc<Core>, life: &Arc<Life>, seat: &Rc<Seat>) -> Ends {
         Ends {
             core: core.clone(),
             life: life.clone(),
+            seat: seat.blocked(),
             stop: core.drain.reached(STOP),
             revocation: core.revocations.next(),
             looked: false,
@@ -64,6 +83,9 @@ impl Ends {
         if self.core.drain.level() >= STOP {
             return Some(End::Stop);
         }
+        if self.seat.now() {
+            return Some(End::Blocked);
+        }
         self.life.is_ended().then_some(End::Revoked)
     }
 }
@@ -74,6 +96,9 @@ impl Future for Ends {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<End> {
         if Pin::new(&mut self.stop).poll(cx).is_ready() {
             return Poll::Ready(End::Stop);
+        }
+        if Pin::new(&mut self.seat).poll(cx).is_ready() {
+            return Poll::Ready(End::Blocked);
         }
         loop {
             if !self.looked {

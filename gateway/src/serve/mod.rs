@@ -15,6 +15,8 @@ mod answer;
 mod body;
 mod dispatch;
 mod ends;
+mod preface;
 mod relay;
 mod tags;
+pub mod trust;
 mod upstream;

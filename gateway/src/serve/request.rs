@@ -8,7 +8,7 @@
 //! A stage that says no ends the request with an error in the client's dialect. From `admit` on there is an
 //! [`Account`], which writes exactly one ledger record on every way out.
 
-use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc};
+use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use super::{
     account::{Account, Marks},
@@ -16,7 +16,7 @@ use super::{
     body::{self, Body},
     connection::{Client, Next, Served},
     dispatch::{self, Order},
-    ends::Ends,
+    ends::{self, End, Ends},
     keys::Key,
     relay,
     snapshot::{Model, Snapshot},
@@ -35,9 +35,13 @@ use crate::{
     net::{Either, clock, race},
     quota::{
         Denied, Facts, Report,
+        refusals::Via,
         reservation::{self, Ask, Why},
     },
-    telemetry::access::{AccessEntry, path_of},
+    telemetry::{
+        access::{AccessEntry, path_of},
+        clients::Event,
+    },
 };
 
 /// Seconds after which a client that met a stopping or full gateway may try again.
@@ -94,12 +98,15 @@ enum Route {
 /// Serves the request whose head stands at the beginning of `client.inbuf`.
 pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
     let request = begin(client, core);
+    if let Some(left) = core.turned_away(client.origin) {
+        return Served::Done(turn_away(client, core, &request, left).await);
+    }
     let refusal = match exchange(client, core, &request).await {
         Ok(served) => return served,
         Err(refusal) => refusal,
     };
     if let Refusal::Error(error) | Refusal::Denied(error, _) = &refusal {
-        core.note_refusal(client.ip, error);
+        core.note_refusal(client.origin, error);
         log_refusal(client, core, &request, error);
     }
     consume_bodyless(client);
@@ -110,6 +117,36 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
         Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
     };
     Served::Done(write_whole(client, core, &bytes, head).await)
+}
+
+/// Answers a client that is turned away: before its key, its body or its JSON cost anything. It is counted and not
+/// logged, as a connection is not that the kernel drops.
+async fn turn_away(client: &mut Client, core: &Rc<Core>, request: &Request, left: Duration) -> Next {
+    let counters = core.telemetry.counters();
+    counters.clients_turned_away.inc();
+    core.telemetry.client(client.origin.ip, Event::Refused);
+    let error = ends::blocked(Some(left));
+    counters.response(error.status());
+    consume_received(client);
+    let mut head = request.answer(client, core);
+    // A proxy's connection serves others too.
+    head.keep_alive &= client.origin.via == Via::Proxied;
+    let bytes = answer::error(&error, request.dialect, head);
+    write_whole(client, core, &bytes, head).await
+}
+
+/// Drops a request that has been received to its end already.
+fn consume_received(client: &mut Client) {
+    let body = match client.head.framing {
+        Framing::None => 0,
+        Framing::Length(length) => usize::try_from(length).unwrap_or(usize::MAX),
+        Framing::Chunked => return,
+    };
+    let end = client.head.len.saturating_add(body);
+    if client.head.len > 0 && end <= client.inbuf.len() {
+        client.inbuf.drain(..end);
+        client.head.len = 0;
+    }
 }
 
 /// A request without a body ends with its head, whatever became of it.
@@ -157,8 +194,9 @@ async fn exchange(client: &mut Client, core: &Rc<Core>, request: &Request) -> Re
     let call = Call::parse(api, body.bytes())?;
     let model = authorize(request, &key, &call)?.clone();
     request.known.borrow_mut().model = Some(model.name.clone());
-    let (mut account, report) =
-        admit(client, core, request, api, &key, &model, &call, tags, &body, &noted)?;
+    let (mut account, report) = admit(
+        client, core, request, api, &key, &model, &call, tags, &body, &noted,
+    )?;
     let order = Order {
         id: request.id,
         api,
@@ -272,21 +310,18 @@ fn authenticate(client: &Client, core: &Core, request: &Request) -> Result<Arc<K
     let Some(key) = known.or_else(|| core.shared.keys.get(&hash)) else {
         return Err(Error::new(Kind::Unauthenticated, "incorrect API key provided"));
     };
-    key.pass(client.ip, request.id.unix_ms())?;
+    key.pass(client.origin.ip, request.id.unix_ms())?;
     Ok(key)
 }
 
 async fn receive_body(client: &mut Client, core: &Rc<Core>, request: &Request) -> Result<Body, Refusal> {
-    match race(
-        body::receive(client, core, request.snapshot.http),
-        core.drain.reached(STOP),
-    )
-    .await
-    {
+    let ends = race(core.drain.reached(STOP), client.seat.blocked());
+    match race(body::receive(client, core, request.snapshot.http), ends).await {
         Either::First(Ok(body)) => Ok(body),
         Either::First(Err(body::Failed::Error(error))) => Err(error.into()),
         Either::First(Err(body::Failed::Gone)) => Err(Refusal::Gone),
-        Either::Second(()) => Err(Error::new(Kind::Stopping, "the gateway is being stopped").into()),
+        Either::Second(Either::First(())) => Err(End::Stop.error().into()),
+        Either::Second(Either::Second(())) => Err(End::Blocked.error().into()),
     }
 }
 
@@ -357,18 +392,18 @@ fn admit(
         user: noted.user.as_deref().or(call.user.as_deref()).unwrap_or_default(),
         model: &model.name,
         path: api.path(),
-        client: client.ip,
+        client: client.origin.ip,
         header: &header,
     };
     let snapshot = &request.snapshot;
     let admission = reservation::admit(&snapshot.quota, &snapshot.policies, &facts, ask)
         .map_err(|denied| Refusal::Denied(limit_error(&denied), denied))?;
-    core.note_accepted(client.ip);
+    core.note_accepted(client.origin);
     let account = Account::open(
         core,
         request.id,
         request.started_ns,
-        client.ip,
+        client.origin.ip,
         key,
         model,
         api,
@@ -506,14 +541,15 @@ async fn dispatch(
     key: &Key,
     account: &mut Account,
 ) -> Result<Upstream, Refusal> {
+    let seat = client.seat.clone();
     let drains = order.model.drains().then(|| account.watch_drains());
     let dispatched = {
         let mut running = pin!(dispatch::run(core, order, account));
-        let ends = race(client.gone(core), Ends::new(core, &key.life));
+        let ends = race(client.gone(core), Ends::new(core, &key.life, &seat));
         match race(running.as_mut(), ends).await {
             // Read on for the books: the head of an answer that is not streamed comes with its end.
             Either::Second(Either::First(())) if drains.is_some_and(|drains| drains.get()) => {
-                let ends = race(core.late(DRAIN_TIME_MAX), Ends::new(core, &key.life));
+                let ends = race(core.late(DRAIN_TIME_MAX), Ends::new(core, &key.life, &seat));
                 match race(running, ends).await {
                     Either::First(Ok(upstream)) => Either::First(Ok((upstream, true))),
                     _ => Either::Second(Either::First(())),
@@ -598,7 +634,7 @@ fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Erro
     core.telemetry.log_access(AccessEntry {
         time_unix_ms: request.id.unix_ms(),
         request_id: Some(request.id),
-        client: Some(client.ip),
+        client: Some(client.origin.ip),
         method: client.head.method.name().into(),
         path: path_of(&path).into(),
         key: known.key,

@@ -15,7 +15,10 @@ use crate::{
     dialect::{Tier, estimate::Calibrations},
     fleet::{Endpoints, Provider, Target},
     ledger::prices::{self, Book},
-    quota::{Ids, Policies, Quota, Rates, refusals::Rule},
+    quota::{
+        Ids, Policies, Quota, Rates,
+        refusals::{Prefixes, Rule},
+    },
 };
 use anyhow::Context;
 
@@ -144,6 +147,10 @@ impl Snapshot {
             refusals: Rule {
                 after: config.kernel.drop.after_refusals,
                 within: config.kernel.drop.within.0,
+                prefixes: Prefixes {
+                    v4: config.kernel.drop.prefix_v4,
+                    v6: config.kernel.drop.prefix_v6,
+                },
             },
             serves_unrecorded: config.ledger.on_error == schema::OnError::Serve,
         })

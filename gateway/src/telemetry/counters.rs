@@ -24,6 +24,11 @@ impl Counter {
         self.add(1);
     }
 
+    /// Starts again at 0. Only the owning core calls this.
+    pub(super) fn clear(&self) {
+        self.0.store(0, Relaxed);
+    }
+
     /// The count so far; from any thread.
     #[inline]
     pub fn get(&self) -> u64 {
@@ -163,6 +168,14 @@ counters! {
     connections_closed,
     /// Connections closed at once because the core was at its limit.
     connections_refused,
+    /// Connections reset at once because their client is turned away.
+    connections_turned_away,
+    /// Requests answered early, and streams ended, because their client is turned away.
+    clients_turned_away,
+    /// Requests and connections that would have been turned away, had the mode not been `observe`.
+    clients_would_turn_away,
+    /// Connections closed because their PROXY header was missing, malformed or from no trusted proxy.
+    proxy_headers_refused,
     /// TLS handshakes with clients completed.
     tls_handshakes,
     /// TLS handshakes with clients failed.

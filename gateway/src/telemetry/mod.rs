@@ -6,6 +6,7 @@
 //! latencies, which the core makes in its next tick ([`CoreTelemetry::publish_if_asked`]).
 
 pub mod access;
+pub mod clients;
 pub mod counters;
 pub mod latency;
 pub mod logging;
@@ -14,6 +15,7 @@ pub mod summary;
 
 use std::{
     cell::RefCell,
+    net::IpAddr,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -24,7 +26,7 @@ use std::{
 use arc_swap::ArcSwapOption;
 use crossbeam::queue::ArrayQueue;
 
-use crate::bounds::ACCESS_LOG_QUEUE;
+use crate::{bounds::ACCESS_LOG_QUEUE, net::clock};
 
 pub use access::{AccessEntry, Text};
 pub use counters::{Counter, Counters, Refusal, Totals};
@@ -45,6 +47,7 @@ pub struct CoreTelemetry {
 pub struct CoreShared {
     core: usize,
     counters: Counters,
+    clients: clients::Clients,
     /// When the core last showed that it is alive, milliseconds of the clock that the caller uses.
     heartbeat_ms: AtomicU64,
     /// Number of the copy that is wanted.
@@ -86,6 +89,12 @@ impl CoreTelemetry {
     #[inline]
     pub fn counters(&self) -> &Counters {
         &self.shared.counters
+    }
+
+    /// Notes what a client did.
+    pub fn client(&self, client: IpAddr, event: clients::Event) {
+        let now_ms = clock::monotonic_ns() / 1_000_000;
+        self.shared.clients.note(client, event, now_ms);
     }
 
     /// Records the time to the first token of an answer, microseconds.
@@ -163,6 +172,7 @@ impl CoreShared {
         CoreShared {
             core,
             counters: Counters::default(),
+            clients: clients::Clients::default(),
             heartbeat_ms: AtomicU64::new(0),
             copy_wanted: AtomicU64::new(0),
             copy: ArcSwapOption::empty(),
@@ -174,6 +184,11 @@ impl CoreShared {
     /// The core's number.
     pub fn core(&self) -> usize {
         self.core
+    }
+
+    /// The core's clients, to be read.
+    pub fn clients(&self) -> &clients::Clients {
+        &self.clients
     }
 
     /// The core's counters, to be read.

@@ -116,6 +116,19 @@ fn write_clients(totals: &Totals, out: &mut Exposition) {
     )
     .value(totals.connections_refused);
     out.counter(
+        "gateway_turned_away_total",
+        "What came from clients that are blocked: connections reset, requests answered early or ended, and what would have \
+         been, had the mode not been observe.",
+    )
+    .sample(&[("what", "connection")], totals.connections_turned_away)
+    .sample(&[("what", "request")], totals.clients_turned_away)
+    .sample(&[("what", "observed")], totals.clients_would_turn_away);
+    out.counter(
+        "gateway_proxy_headers_refused_total",
+        "Connections closed because their PROXY header was missing, malformed or from no trusted proxy.",
+    )
+    .value(totals.proxy_headers_refused);
+    out.counter(
         "gateway_tls_handshakes_total",
         "TLS handshakes with clients, by result.",
     )

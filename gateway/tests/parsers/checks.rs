@@ -5,7 +5,9 @@
 use super::bounds::{CHUNK_LINE_BYTES_MAX, JSON_DEPTH_MAX, TRAILER_BYTES_MAX};
 use super::dialect::json;
 use super::http::chunked::{ChunkError, ChunkedDecoder};
+use super::http::forwarded::{self, Form};
 use super::http::head::{Framing, HeadError, Method, RequestHead, ResponseHead};
+use super::http::proxy;
 use super::http::sse;
 
 /// Cuts that are tried: at every byte, and at two distances that drift against all framing.
@@ -398,5 +400,40 @@ impl<'de> serde::Deserialize<'de> for Pairs<'de> {
             }
         }
         deserializer.deserialize_map(Visitor)
+    }
+}
+
+/// A PROXY header is the same however it arrives, and no prefix of it is another one.
+pub fn proxy(bytes: &[u8]) {
+    let whole = proxy::parse(bytes);
+    for end in 0..bytes.len().min(300) {
+        match proxy::parse(&bytes[..end]) {
+            // Not certain yet; more may be wrong with it.
+            Ok(None) => {}
+            told => assert_eq!(told, whole, "{end} of {}", bytes.escape_ascii()),
+        }
+    }
+    if let Ok(Some(header)) = whole {
+        assert!(header.len > 0 && header.len <= bytes.len());
+        assert_eq!(proxy::parse(&bytes[..header.len]), whole);
+        assert_eq!(proxy::parse(&bytes[..header.len - 1]), Ok(None));
+    }
+}
+
+/// What stands left of a trusted element changes nothing, whatever it is.
+pub fn forwarded(bytes: &[u8]) {
+    let hop = std::net::IpAddr::from([10, 0, 0, 1]);
+    let honest = std::net::IpAddr::from([203, 0, 113, 7]);
+    let trusted = |ip: std::net::IpAddr| ip == hop;
+    for (form, added) in [
+        (Form::XForwardedFor, b", 203.0.113.7".as_slice()),
+        (Form::Forwarded, b", for=203.0.113.7;proto=https"),
+    ] {
+        forwarded::client(form, [bytes].into_iter(), hop, trusted);
+        let list = [bytes, added].concat();
+        let client = forwarded::client(form, [list.as_slice()].into_iter(), hop, trusted);
+        assert_eq!(client, honest, "{}", list.escape_ascii());
+        let fields = [bytes, &added[2..]];
+        assert_eq!(forwarded::client(form, fields.into_iter(), hop, trusted), honest);
     }
 }

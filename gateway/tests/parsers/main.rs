@@ -94,6 +94,20 @@ proptest! {
         checks::document(&bytes);
     }
 
+    #[test]
+    fn proxy_headers_hold(
+        bytes in prop_oneof![words(seeds::PROXY_WORDS), mutated(seeds::PROXIES, seeds::PROXY_WORDS)]
+    ) {
+        checks::proxy(&bytes);
+    }
+
+    #[test]
+    fn forwarded_fields_hold(
+        bytes in prop_oneof![words(seeds::FORWARDED_WORDS), mutated(seeds::FORWARDED, seeds::FORWARDED_WORDS)]
+    ) {
+        checks::forwarded(&bytes);
+    }
+
     /// What is encoded is decoded, however it is cut, and the next message is left alone.
     #[test]
     fn chunks_come_back(

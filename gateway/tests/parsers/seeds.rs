@@ -154,3 +154,55 @@ pub const DOCUMENT_WORDS: &[&[u8]] = &[
     b"\n",
     b"\x0c",
 ];
+
+/// PROXY headers of both versions.
+pub const PROXIES: &[&[u8]] = &[
+    b"PROXY TCP4 192.0.2.7 10.0.0.1 4711 80\r\nGET",
+    b"PROXY TCP6 2001:db8::7 ::1 1 65535\r\n",
+    b"PROXY UNKNOWN\r\n",
+    b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x11\x01\x02\x03\x04\x0a\0\0\x01\x30\x39\0\x50\x04\0\x02hi",
+    b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0",
+];
+/// Their words.
+pub const PROXY_WORDS: &[&[u8]] = &[
+    b"PROXY ",
+    b"TCP4",
+    b"TCP6",
+    b"UNKNOWN",
+    b" ",
+    b"\r\n",
+    b"192.0.2.7",
+    b"::1",
+    b"65535",
+    b"0",
+    b"\r\n\r\n\0\r\nQUIT\n",
+    b"\x21",
+    b"\x11",
+    b"\x31",
+    b"\0\x0c",
+    b"\x03\0\x04",
+    b"\xff\xff",
+];
+/// Values of X-Forwarded-For and Forwarded.
+pub const FORWARDED: &[&[u8]] = &[
+    b"192.0.2.7, 10.0.0.1",
+    b"for=192.0.2.7;proto=https;by=10.0.0.1, for=\"[2001:db8::1]:4711\"",
+    b"unknown, _hidden",
+];
+/// Their words.
+pub const FORWARDED_WORDS: &[&[u8]] = &[
+    b"for=",
+    b"For=",
+    b"by=",
+    b"proto=https",
+    b";",
+    b",",
+    b", ",
+    b"\"",
+    b"\\",
+    b"[2001:db8::1]",
+    b"192.0.2.7",
+    b":80",
+    b"unknown",
+    b"10.0.0.1",
+];

@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::Escalation;
 use crate::config::units::{Network, Span};
 
 /// What runs in the kernel, as eBPF programs.
@@ -60,6 +61,8 @@ pub struct Drop {
     /// … drop new connections of the address for this long, 1s to 1d.
     #[serde(rename = "for")]
     pub hold: Span,
+    /// How the time grows when the client comes back and is refused again.
+    pub escalation: Escalation,
     /// Networks that are never dropped, for example proxies and NATs with many users behind one address.
     #[schemars(with = "Vec<Network>")]
     pub exempt: Vec<IpNet>,
@@ -152,6 +155,7 @@ impl Default for Drop {
             after_refusals: AFTER_REFUSALS,
             within: WITHIN,
             hold: HOLD,
+            escalation: Escalation::default(),
             exempt: Vec::new(),
             prefix_v4: PREFIX_V4,
             prefix_v6: PREFIX_V6,

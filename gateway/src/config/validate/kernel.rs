@@ -45,6 +45,7 @@ fn drop(config: &Config, path: &Path, report: &mut Report<'_>) {
     let drop = &config.kernel.drop;
     span(&path.name("within"), drop.within, SECOND, HOUR, report);
     span(&path.name("for"), drop.hold, SECOND, DAY, report);
+    super::proxies::escalation(&path.name("escalation"), drop, report);
     range(&path.name("prefix_v4"), drop.prefix_v4, 8..=32, report);
     range(&path.name("prefix_v6"), drop.prefix_v6, 32..=128, report);
 }

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use super::{DAY, MILLISECOND, MINUTE, hint, quote, root, span};
+use super::{DAY, HOUR, MILLISECOND, MINUTE, hint, quote, root, span};
 use crate::config::{
     Config,
     defaults::LISTENERS_MAX,
@@ -37,6 +37,7 @@ pub(super) fn listeners(config: &Config, report: &mut Report<'_>) {
             report.error(&path.name("address"), message);
         }
         certificates(&path.name("tls"), listener, report);
+        super::proxies::check(&path, listener, report);
     }
 }
 

@@ -85,6 +85,10 @@ impl Plane for State {
         })
     }
 
+    fn top(&self, query: &super::top::Query) -> Value {
+        State::top(self, query)
+    }
+
     fn metrics(&self) -> BoxFuture<'_, String> {
         Box::pin(async move {
             let latencies = telemetry::latencies(&self.shared.cores).await;

@@ -147,7 +147,7 @@ impl Stream {
         let mut client_stirs = pin!(sock.readable());
         let mut watching = true;
         let mut timer = Timer::new(self.patience());
-        let mut ends = pin!(Ends::new(&self.core, &self.terms.life));
+        let mut ends = pin!(Ends::new(&self.core, &self.terms.life, &client.seat));
         let mut reads = 0;
         loop {
             if !self.flush(client, &mut ends).await {

@@ -166,7 +166,7 @@ async fn collect(
         }
         Ok(())
     };
-    let ends = Ends::new(core, &terms.life);
+    let ends = Ends::new(core, &terms.life, &client.seat);
     let others = race(client.gone(core), race(core.late(time), ends));
     match race(receive, others).await {
         Either::First(received) => received.map_err(|broken| Ended::Failed(Failure::Upstream(broken))),
@@ -270,7 +270,7 @@ async fn relay_long(
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
         let used_ns = clock::monotonic_ns() - account.started_ns();
         let ends = race(
-            Ends::new(core, &terms.life),
+            Ends::new(core, &terms.life, &client.seat),
             core.late(left(terms.timeouts.total, used_ns)),
         );
         let cut = match race(client.conn.write_all(&out, client.stall), ends).await {

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""What refusing one connection costs: the kernel's drop against the 429 path, plain and under TLS, in one run.
+
+  cargo build --release -p gateway -p gateway-bench
+  sudo bench/refusal.py [--count 20000] [--tls-count 2000] [--gateway target/release/gateway]
+
+Needs root (BPF), python3, openssl. It starts a gateway of its own on loopback, and lets 127.0.0.2 be refused by it.
+
+- 429 path: CPU time of the gateway's process (all threads, /proc/PID/task/*/schedstat, nanoseconds) for each connection that
+  is opened, refused by a limit with 429, and closed.
+- Kernel drop: nobody's process. On loopback the kernel handles a SYN in the context of the process that sent it, so the cost
+  is the CPU time of this client for a connect() that is dropped, less that for a connect() to a port where nobody listens
+  (both end in a reset), plus what the gateway's process used meanwhile. Turns alternate, medians are compared, and what is
+  measured is never taken for less than the program's own run time as the kernel counts it (bpf_stats_enabled).
+
+Prints JSON: nanoseconds each, ratios, and the aims (50 plain, 500 TLS).
+"""
+
+import argparse
+import glob
+import hashlib
+import json
+import os
+import resource
+import socket
+import ssl
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+
+KEY = "sk-bench-refusal"
+FLOOD = "127.0.0.2"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def cpu_ns(pid):
+    """CPU time of all threads of a process."""
+    total = 0
+    for path in glob.glob(f"/proc/{pid}/task/*/schedstat"):
+        try:
+            with open(path) as file:
+                total += int(file.read().split()[0])
+        except OSError:
+            pass
+    return total
+
+
+def own_cpu_ns():
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return int((usage.ru_utime + usage.ru_stime) * 1e9)
+
+
+def config(directory, ports, limit):
+    sha = hashlib.sha256(KEY.encode()).hexdigest()
+    plain, tls, admin, dead = ports
+    return f"""
+listeners:
+  - address: 127.0.0.1:{plain}
+  - {{ address: "127.0.0.1:{tls}", tls: {{ certificate: {directory}/cert.pem, key: {directory}/key.pem }} }}
+admin: {{ address: "127.0.0.1:{admin}", token: bench-refusal }}
+providers: {{ sim: {{ kind: openai, endpoints: ["http://127.0.0.1:{dead}"] }} }}
+models: [{{ name: fast, targets: [{{ provider: sim }}] }}]
+keys: [{{ name: bench, sha256: {sha} }}]
+limits: [{{ requests: 1, every: 1mo }}]
+kernel: {{ mode: required, drop: {{ after_refusals: {limit}, within: 1h, for: 1h }} }}
+workers: {{ threads: 1, pin: false }}
+ledger: {{ path: {directory}/state }}
+log: {{ level: warn, access: "off" }}
+"""
+
+
+class Gateway:
+    def __init__(self, binary):
+        self.directory = tempfile.TemporaryDirectory(prefix="gateway-refusal-")
+        self.ports = [free_port() for _ in range(4)]
+        path = self.directory.name
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+             "-subj", "/CN=localhost", "-keyout", f"{path}/key.pem", "-out", f"{path}/cert.pem"],
+            check=True, stderr=subprocess.DEVNULL)
+        with open(f"{path}/gateway.yaml", "w") as file:
+            # Never blocked by itself: the block is made by hand when its turn comes.
+            file.write(config(path, self.ports, 4_000_000))
+        self.process = subprocess.Popen([binary, "run", "-c", f"{path}/gateway.yaml"])
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                self.admin("GET", "/healthz")
+                return
+            except OSError:
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    sys.exit("the gateway did not start (root? BPF?)")
+                time.sleep(0.05)
+
+    def admin(self, method, path, body=None):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.ports[2]}{path}", method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"authorization": "Bearer bench-refusal"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.read()
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait(timeout=30)
+        self.directory.cleanup()
+
+
+def request():
+    body = b'{"model":"fast","messages":[{"role":"user","content":"hello there"}]}'
+    return (b"POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer " + KEY.encode()
+            + b"\r\nconnection: close\r\ncontent-length: " + str(len(body)).encode() + b"\r\n\r\n" + body)
+
+
+def connection():
+    client = socket.socket()
+    client.setsockopt(socket.IPPROTO_IP, 24, 1)  # IP_BIND_ADDRESS_NO_PORT
+    client.bind((FLOOD, 0))
+    return client
+
+
+def refused(port, count, asked, context=None):
+    """Connections that are answered 429; wrong answers end the run."""
+    for turn in range(count):
+        client = connection()
+        client.connect(("127.0.0.1", port))
+        if context:
+            client = context.wrap_socket(client, server_hostname="localhost")
+        client.sendall(asked)
+        answer = client.recv(4096)
+        if not answer.startswith(b"HTTP/1.1 429") and turn > 0:
+            sys.exit(f"not a 429: {answer[:80]!r}")
+        # Reset: nothing is left in TIME_WAIT, whose ports would run out.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        client.close()
+
+
+def attempts(port, count):
+    """CPU time of this process for each connect() that is reset."""
+    before = own_cpu_ns()
+    for _ in range(count):
+        client = connection()
+        if client.connect_ex(("127.0.0.1", port)) == 0:
+            sys.exit("connected where it must not")
+        client.close()
+    return (own_cpu_ns() - before) / count
+
+
+def program_ns():
+    """Run time and runs of the listener's program, as the kernel counts them."""
+    try:
+        programs = json.loads(subprocess.run(["bpftool", "prog", "-j"], capture_output=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return None
+    runs = [(p.get("run_time_ns", 0), p.get("run_cnt", 0)) for p in programs if p.get("type") == "sk_reuseport"]
+    return (sum(r[0] for r in runs), sum(r[1] for r in runs)) if runs else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gateway", default=os.path.join(os.path.dirname(__file__), "../target/release/gateway"))
+    parser.add_argument("--count", type=int, default=20_000)
+    parser.add_argument("--tls-count", type=int, default=2_000)
+    options = parser.parse_args()
+    gateway = Gateway(options.gateway)
+    try:
+        pid, (plain, tls, _, dead) = gateway.process.pid, gateway.ports
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        cost = {}
+        for name, port, count, tls_context in (("plain", plain, options.count, None), ("tls", tls, options.tls_count, context)):
+            refused(port, 50, request(), tls_context)
+            before = cpu_ns(pid)
+            refused(port, count, request(), tls_context)
+            cost[name] = (cpu_ns(pid) - before) / count
+        gateway.admin("POST", "/kernel/block", {"client": FLOOD, "for": "1h"})
+        turns, before, ran = 10, cpu_ns(pid), program_ns()
+        dropped, closed = [], []
+        for _ in range(turns):
+            dropped.append(attempts(plain, options.count // turns))
+            closed.append(attempts(dead, options.count // turns))
+        idle = (cpu_ns(pid) - before) / options.count
+        measured = statistics.median(dropped) - statistics.median(closed) + idle
+        ran_after = program_ns()
+        program = None
+        if ran and ran_after and ran_after[1] > ran[1]:
+            program = (ran_after[0] - ran[0]) / (ran_after[1] - ran[1])
+        drop = max(measured, program or 0, 1)
+        print(json.dumps({
+            "refused_plain_ns": round(cost["plain"]), "refused_tls_ns": round(cost["tls"]),
+            "connect_dropped_ns": round(statistics.median(dropped)), "connect_nobody_listens_ns": round(statistics.median(closed)),
+            "gateway_meanwhile_ns": round(idle), "program_ns": program and round(program), "drop_ns": round(drop),
+            "ratio_plain": round(cost["plain"] / drop, 1), "ratio_tls": round(cost["tls"] / drop, 1),
+            "aim_plain": 50, "aim_tls": 500,
+        }, indent=2))
+    finally:
+        gateway.end()
+
+
+if __name__ == "__main__":
+    main()
