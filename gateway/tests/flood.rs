@@ -129,7 +129,7 @@ fn a_flood_is_dropped_in_the_kernel_and_streams_of_others_lose_nothing() {
         state["dropped"].as_u64() >= Some(before + DROPS as u64),
         "{state}"
     );
-    assert_eq!(state["blocked"][0]["client"], FLOOD.to_string(), "{state}");
+    assert_eq!(state["blocked"][0]["net"], format!("{FLOOD}/32"), "{state}");
     assert!(gateway.log().contains("blocked"), "{}", gateway.log());
     for mut stream in streams {
         let answer = stream.answer();
