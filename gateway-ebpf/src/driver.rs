@@ -205,7 +205,10 @@ fn is_forwarded(ctx: &XdpContext, settings: &Settings, packet: &Packet) -> bool 
         words.add(7).write_volatile(0);
         bpf_fib_lookup(ctx.as_ptr(), words.cast(), size_of::<[u64; 8]>() as i32, 0)
     };
-    matches!(answer, FIB_FORWARDED | FIB_NO_NEIGHBOUR | FIB_FRAGMENTATION_NEEDED)
+    matches!(
+        answer,
+        FIB_FORWARDED | FIB_NO_NEIGHBOUR | FIB_FRAGMENTATION_NEEDED
+    )
 }
 
 #[inline(always)]

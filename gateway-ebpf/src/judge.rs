@@ -2,7 +2,10 @@
 
 use core::ptr::null_mut;
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::{bpf_ktime_get_ns, generated::bpf_map_lookup_elem}};
+use aya_ebpf::{
+    btf_maps::lpm_trie::Key,
+    helpers::{bpf_ktime_get_ns, generated::bpf_map_lookup_elem},
+};
 use gateway_common::{Block, Client, ClientKey, HALF_OPEN_NS, Settings};
 
 use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};

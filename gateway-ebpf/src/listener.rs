@@ -201,10 +201,16 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Wh
     *logged_ns = now_ns;
     match (why, client.as_v4()) {
         (Why::Blocked, Some(v4)) => info!(ctx, "refused connections of blocked client {:i}: {}", v4, dropped),
-        (Why::Blocked, None) => info!(ctx, "refused connections of blocked client {:i}: {}", client.0, dropped),
+        (Why::Blocked, None) => info!(
+            ctx,
+            "refused connections of blocked client {:i}: {}", client.0, dropped
+        ),
         (Why::Rate, _) => info!(ctx, "refused a connection of {:i}: too many a second", client.0),
         (Why::Open, _) => info!(ctx, "refused a connection of {:i}: too many open", client.0),
-        (Why::HalfOpen, _) => info!(ctx, "refused a connection of {:i}: too many unfinished of new clients", client.0),
+        (Why::HalfOpen, _) => info!(
+            ctx,
+            "refused a connection of {:i}: too many unfinished of new clients", client.0
+        ),
     }
 }
 
