@@ -29,7 +29,7 @@ sysctl -qw kernel.bpf_stats_enabled=1
 # One line a program: id, name, nanoseconds, runs. Programs of these names and types may also be another's: ids tell.
 sample() {
   bpftool prog show 2>/dev/null | awk '
-    / sk_reuseport  name listener / || / sock_ops  name connections / {
+    / sk_reuseport  name listener / || / sock_ops  name connections / || / xdp  name driver / {
       ns = runs = 0
       for (i = 1; i < NF; i++) { if ($i == "run_time_ns") ns = $(i + 1); if ($i == "run_cnt") runs = $(i + 1) }
       print $1, $4, ns, runs

@@ -173,7 +173,12 @@ fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Clie
         (*conn).bytes_in += bytes_in;
         (*conn).bytes_out += bytes_out;
         (*conn).retransmits += retransmits;
-        (bytes_in, bytes_out, retransmits, u64::from((*ctx.ops).srtt_us >> 3))
+        (
+            bytes_in,
+            bytes_out,
+            retransmits,
+            u64::from((*ctx.ops).srtt_us >> 3),
+        )
     };
     count!(bytes_in, bytes_in);
     count!(bytes_out, bytes_out);
@@ -219,7 +224,11 @@ fn bucket_of(life_ms: u64) -> usize {
         1 => 1,
         _ => 2,
     };
-    if bits < LIFE_BUCKETS { bits } else { LIFE_BUCKETS - 1 }
+    if bits < LIFE_BUCKETS {
+        bits
+    } else {
+        LIFE_BUCKETS - 1
+    }
 }
 
 /// The same number, as one of which the verifier knows nothing. It follows each path through `bucket_of` with the number that

@@ -10,7 +10,7 @@ use core::mem::MaybeUninit;
 use aya_ebpf::{
     EbpfContext as _,
     bindings::xdp_action::{XDP_DROP, XDP_PASS},
-    helpers::{bpf_ktime_get_ns, generated::{bpf_fib_lookup, bpf_xdp_load_bytes}},
+    helpers::generated::{bpf_fib_lookup, bpf_xdp_load_bytes},
     macros::xdp,
     programs::XdpContext,
 };
@@ -84,9 +84,7 @@ fn judge(ctx: &XdpContext) -> Option<bool> {
     }
     let listener = PORTS.get_ptr_mut(u32::from(u16::from_be_bytes([tcp[2], tcp[3]])))?;
     let client = packet.source.cut(settings.mask_v4, settings.mask_v6);
-    // SAFETY: the helper has no preconditions.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    let block = block_of(settings, &packet.source, &client, now_ns);
+    let block = block_of(settings, &packet.source, &client);
     if block.is_null() {
         return None;
     }
@@ -207,7 +205,10 @@ fn is_forwarded(ctx: &XdpContext, settings: &Settings, packet: &Packet) -> bool 
         words.add(7).write_volatile(0);
         bpf_fib_lookup(ctx.as_ptr(), words.cast(), size_of::<[u64; 8]>() as i32, 0)
     };
-    matches!(answer, FIB_FORWARDED | FIB_NO_NEIGHBOUR | FIB_FRAGMENTATION_NEEDED)
+    matches!(
+        answer,
+        FIB_FORWARDED | FIB_NO_NEIGHBOUR | FIB_FRAGMENTATION_NEEDED
+    )
 }
 
 #[inline(always)]

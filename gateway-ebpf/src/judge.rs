@@ -2,7 +2,10 @@
 
 use core::ptr::null_mut;
 
-use aya_ebpf::{btf_maps::lpm_trie::Key, helpers::generated::bpf_map_lookup_elem};
+use aya_ebpf::{
+    btf_maps::lpm_trie::Key,
+    helpers::{bpf_ktime_get_ns, generated::bpf_map_lookup_elem},
+};
 use gateway_common::{Block, Client, ClientKey, HALF_OPEN_NS, Settings};
 
 use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};
@@ -13,10 +16,10 @@ use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};
 /// Pointers here are null and not `None`: an `Option` of a pointer is two words, of which the second is undefined when there
 /// is none, and the verifier refuses to see it stored.
 #[inline(always)]
-pub fn block_of(settings: &Settings, whole: &ClientKey, client: &ClientKey, now_ns: u64) -> *mut Block {
+pub fn block_of(settings: &Settings, whole: &ClientKey, client: &ClientKey) -> *mut Block {
     if let Some(block) = BLOCKS.get_ptr_mut(client) {
         // SAFETY: a live value of the map. User space may write it at the same time: each field is one aligned word.
-        if now_ns < unsafe { (*block).until_ns } {
+        if now_ns() < unsafe { (*block).until_ns } {
             return block;
         }
     }
@@ -32,7 +35,7 @@ pub fn block_of(settings: &Settings, whole: &ClientKey, client: &ClientKey, now_
         bpf_map_lookup_elem(trie.cast(), (&raw const key).cast()).cast::<Block>()
     };
     // SAFETY: as above.
-    if block.is_null() || now_ns >= unsafe { (*block).until_ns } {
+    if block.is_null() || now_ns() >= unsafe { (*block).until_ns } {
         return null_mut();
     }
     block
@@ -49,10 +52,11 @@ pub fn is_exempt(whole: &ClientKey) -> bool {
 /// The map holds when the next connection would be due, were they evenly spaced (the generic cell rate algorithm). Two CPUs
 /// that take from a full bucket at the same moment may take one for two.
 #[inline(always)]
-pub fn over_rate(settings: &Settings, client: &ClientKey, now_ns: u64) -> bool {
+pub fn over_rate(settings: &Settings, client: &ClientKey) -> bool {
     if settings.rate_ns == 0 {
         return false;
     }
+    let now_ns = now_ns();
     let Some(due) = RATES.get_ptr_mut(client) else {
         // No room or a race: the client has one connection more.
         let _ = RATES.insert(client, &(now_ns + settings.rate_ns), 0);
@@ -75,7 +79,7 @@ pub fn over_open(settings: &Settings, entry: *mut Client) -> bool {
 /// Takes an unknown client's attempt from the common allowance; true when that is used up. Known clients, those with an
 /// entry and so with a finished handshake behind them, are not bound by it.
 #[inline(always)]
-pub fn over_half_open(settings: &Settings, entry: *mut Client, now_ns: u64) -> bool {
+pub fn over_half_open(settings: &Settings, entry: *mut Client) -> bool {
     if settings.half_open_ns == 0 || !entry.is_null() {
         return false;
     }
@@ -83,7 +87,7 @@ pub fn over_half_open(settings: &Settings, entry: *mut Client, now_ns: u64) -> b
         return false;
     };
     let slack = HALF_OPEN_NS.saturating_sub(settings.half_open_ns);
-    take(until, settings.half_open_ns, slack, now_ns)
+    take(until, settings.half_open_ns, slack, now_ns())
 }
 
 /// Gives an unknown client's attempt back to the common allowance, because its handshake is complete.
@@ -95,6 +99,14 @@ pub fn give_back(settings: &Settings) {
     if let Some(until) = HALF_OPEN.get_ptr_mut(0) {
         add(until, settings.half_open_ns.wrapping_neg());
     }
+}
+
+/// The time. Asked for only where it is needed: it costs more than a look into an array, and a client that is neither blocked
+/// nor new has no use for it.
+#[inline(always)]
+pub fn now_ns() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_ns() }
 }
 
 /// The client's entry, when there is a bound that asks for it; null: none.

@@ -14,7 +14,7 @@ use aya_ebpf::{
         sk_reuseport_md,
     },
     helpers::{
-        bpf_get_smp_processor_id, bpf_ktime_get_ns,
+        bpf_get_smp_processor_id,
         generated::{bpf_get_socket_cookie, bpf_skb_load_bytes_relative},
     },
     macros::sk_reuseport,
@@ -24,7 +24,7 @@ use aya_log_ebpf::info;
 use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, Settings, overloaded};
 
 use crate::{
-    judge::{block_of, entry_of, is_exempt, over_half_open, over_open, over_rate},
+    judge::{block_of, entry_of, is_exempt, now_ns, over_half_open, over_open, over_rate},
     maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
 };
 
@@ -120,23 +120,23 @@ enum Why {
 #[inline(always)]
 fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port: u32) -> bool {
     let client = whole.cut(settings.mask_v4, settings.mask_v6);
-    // SAFETY: the helper has no preconditions.
-    let now_ns = unsafe { bpf_ktime_get_ns() };
-    let block = block_of(settings, whole, &client, now_ns);
+    let block = block_of(settings, whole, &client);
     if port == NO_ATTEMPT {
         return !block.is_null() && settings.enforce != 0 && !is_exempt(whole);
     }
-    let entry = entry_of(settings, &client);
     let why = if !block.is_null() {
         Why::Blocked
-    } else if over_open(settings, entry) {
-        Why::Open
-    } else if over_rate(settings, &client, now_ns) {
-        Why::Rate
-    } else if over_half_open(settings, entry, now_ns) {
-        Why::HalfOpen
     } else {
-        return false;
+        let entry = entry_of(settings, &client);
+        if over_open(settings, entry) {
+            Why::Open
+        } else if over_rate(settings, &client) {
+            Why::Rate
+        } else if over_half_open(settings, entry) {
+            Why::HalfOpen
+        } else {
+            return false;
+        }
     };
     if is_exempt(whole) {
         return false;
@@ -151,7 +151,7 @@ fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port
     }
     // Refusal before work: this is the cheapest moment there is, no memory is held for the client yet.
     book(block, &client, port, why);
-    tell(ctx, &client, block, why, now_ns);
+    tell(ctx, &client, block, why);
     true
 }
 
@@ -180,7 +180,7 @@ fn book(block: *mut Block, client: &ClientKey, port: u32, why: Why) {
 
 /// Writes a log line, at most one each `LOG_PAUSE_NS` on a CPU; of a blocked client only when its count reaches a power of two.
 #[inline(always)]
-fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Why, now_ns: u64) {
+fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Why) {
     let mut dropped = 0;
     if !block.is_null() {
         // SAFETY: a live value of the map; another CPU may have counted on, which only makes the sample differ.
@@ -192,6 +192,7 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Wh
     let Some(totals) = TOTALS.get_ptr_mut(0) else {
         return;
     };
+    let now_ns = now_ns();
     // SAFETY: this CPU's value, which only this program writes, with bottom halves off.
     let logged_ns = unsafe { &mut (*totals).logged_ns };
     if now_ns.wrapping_sub(*logged_ns) < LOG_PAUSE_NS {
@@ -200,10 +201,16 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Wh
     *logged_ns = now_ns;
     match (why, client.as_v4()) {
         (Why::Blocked, Some(v4)) => info!(ctx, "refused connections of blocked client {:i}: {}", v4, dropped),
-        (Why::Blocked, None) => info!(ctx, "refused connections of blocked client {:i}: {}", client.0, dropped),
+        (Why::Blocked, None) => info!(
+            ctx,
+            "refused connections of blocked client {:i}: {}", client.0, dropped
+        ),
         (Why::Rate, _) => info!(ctx, "refused a connection of {:i}: too many a second", client.0),
         (Why::Open, _) => info!(ctx, "refused a connection of {:i}: too many open", client.0),
-        (Why::HalfOpen, _) => info!(ctx, "refused a connection of {:i}: too many unfinished of new clients", client.0),
+        (Why::HalfOpen, _) => info!(
+            ctx,
+            "refused a connection of {:i}: too many unfinished of new clients", client.0
+        ),
     }
 }
 

@@ -8,8 +8,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use gateway_common::{
-    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX, GROUPS_MAX, Listeners,
-    NETS_MAX, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
+    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX, GROUPS_MAX,
+    Listeners, NETS_MAX, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
 };
 
 const SOCKETS_MAX: usize = (GROUPS_MAX * CORES_MAX) as usize;

@@ -1,6 +1,9 @@
 //! `gateway kernel`: what the kernel drops, and blocks by hand.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use anyhow::Context;
 
@@ -135,7 +138,7 @@ fn net<'a>(answer: &'a Value, client: &'a str) -> &'a str {
     answer["net"].as_str().unwrap_or(client)
 }
 
-fn clear(instance: Option<&str>, bpffs: &PathBuf) -> anyhow::Result<()> {
+fn clear(instance: Option<&str>, bpffs: &Path) -> anyhow::Result<()> {
     let removed = kernel::remove_pins(bpffs, instance);
     let removed = removed.with_context(|| format!("cannot read {}", bpffs.display()))?;
     if removed.is_empty() {

@@ -114,7 +114,8 @@ impl Kernel {
 
     fn fill_maps(&mut self, plan: &Plan, prefixes: Prefixes) -> Result<(), Off> {
         let failed = |e: MapError| Off::failed("filling the kernel maps", &e);
-        for port in plan.ports {
+        // 0 stands for whichever is free; its listener is counted when it is guarded.
+        for port in plan.ports.iter().filter(|port| **port != 0) {
             self.count_port(*port)?;
         }
         place_all(&mut self.cpu_cores, plan.cores).map_err(failed)?;

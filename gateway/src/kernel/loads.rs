@@ -13,9 +13,9 @@ use gateway_common::CORES_MAX;
 /// The slots of the map: a core's each, and the number of the least loaded core.
 const SLOTS: usize = CORES_MAX as usize + 1;
 
-/// Of what the program has steered to a core and the core does not show as a stream yet, the share that is still counted
-/// after a tick: seven eighths, so a half after some 100 ms. Long enough for a handshake and a request to arrive.
-const PENDING_KEPT: (u64, u64) = (7, 8);
+/// Of what the program has steered to a core, the share that is still counted after a tick: a half. What became a stream by
+/// then counts twice for a moment; kept longer, that would weigh more than the connections whose request is on its way.
+const PENDING_KEPT: (u64, u64) = (1, 2);
 
 /// The map `LOADS`, mapped into memory: publishing costs no system call.
 pub struct Loads {
