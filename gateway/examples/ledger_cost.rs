@@ -18,8 +18,9 @@ use gateway::{
     },
 };
 
-/// Records of one burst; between bursts the ledger's thread is let catch up, as at a real rate.
-const BURST: u64 = 10_000;
+/// Records of one burst, which the two segments that wait have room for; between bursts the ledger's thread is let catch up,
+/// as at a real rate.
+const BURST: u64 = 5_000;
 
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
@@ -42,7 +43,7 @@ fn main() -> anyhow::Result<()> {
     let mut slowest = Duration::ZERO;
     let mut appended = 0;
     while appended < records {
-        while journal.room() < BURST.min(8000) as usize {
+        while journal.room() < BURST as usize {
             std::thread::sleep(Duration::from_millis(1));
         }
         let burst = BURST.min(records - appended).min(journal.room() as u64);
