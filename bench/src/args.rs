@@ -10,6 +10,8 @@ use clap::{Parser, Subcommand};
 use gateway_bench::load::{self, HangUp, Sources, Trust};
 use gateway_bench::upstream::{self, Behaviour, behaviour};
 
+use crate::stands::CompareArgs;
+
 #[derive(Parser)]
 #[command(
     version,
@@ -24,11 +26,7 @@ struct Args {
 enum Command {
     Upstream(UpstreamArgs),
     Load(Box<LoadArgs>),
-    /// Put the reports of bench/run.sh side by side
-    Compare {
-        /// Directory with files named SCENARIO.TARGET.ROUND.json
-        directory: PathBuf,
-    },
+    Compare(CompareArgs),
 }
 
 /// Simulate a fleet of OpenAI-compatible servers
@@ -141,7 +139,7 @@ struct LoadArgs {
     json: Option<PathBuf>,
 }
 
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
     behaviour::duration(text).ok_or_else(|| "expected a time such as 250ms, 10s or 2m".to_owned())
 }
 
@@ -154,10 +152,7 @@ pub fn run() -> Result<ExitCode> {
     match Args::parse().command {
         Command::Upstream(args) => run_upstream(&args),
         Command::Load(args) => run_load(&args),
-        Command::Compare { directory } => {
-            println!("{}", crate::compare::table(&directory)?);
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Compare(args) => args.run(),
     }
 }
 
@@ -237,6 +232,7 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         trust,
         pids: args.pids.clone(),
         idle: args.idle.is_some(),
+        ..load::Options::default()
     })
 }
 

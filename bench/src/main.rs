@@ -1,7 +1,7 @@
 //! `gateway-bench`: the simulated fleet and the load generator on the command line.
 
 mod args;
-mod compare;
+mod stands;
 
 use std::process::ExitCode;
 

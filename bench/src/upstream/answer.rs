@@ -7,6 +7,7 @@ use std::io::Write as _;
 use super::behaviour::{Behaviour, Death, Usage};
 use super::request::{Api, Call};
 use crate::http::put_chunk;
+use crate::sys::monotonic_us;
 
 use whole::error_object;
 pub use whole::{put_error, put_json};
@@ -219,6 +220,11 @@ impl Answer {
         let start = out.len();
         out.push(b't');
         out.extend_from_slice(itoa::Buffer::new().format(index).as_bytes());
+        // What repeats the text at the end, or sends it whole, has no time to tell.
+        if self.behaviour.stamp && self.stream && self.said == index && self.said < self.tokens {
+            out.push(b'~');
+            out.extend_from_slice(itoa::Buffer::new().format(monotonic_us()).as_bytes());
+        }
         let size = match (index, self.behaviour.huge_bytes) {
             (0, huge @ 1..) => huge,
             _ => self.behaviour.token_bytes,

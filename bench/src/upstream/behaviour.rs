@@ -44,6 +44,8 @@ pub struct Behaviour {
     pub slow_head: Duration,
     pub token_bytes: usize,
     pub huge_bytes: usize,
+    /// Each token tells when it was sent.
+    pub stamp: bool,
     pub usage: Usage,
     pub cached_tokens: u64,
     pub reasoning_tokens: u32,
@@ -80,6 +82,7 @@ impl Default for Behaviour {
             slow_head: Duration::ZERO,
             token_bytes: 0,
             huge_bytes: 0,
+            stamp: false,
             usage: Usage::Asked,
             cached_tokens: 0,
             reasoning_tokens: 0,
@@ -121,6 +124,21 @@ impl Behaviour {
         Ok(behaviour)
     }
 
+    /// The same with `words` applied.
+    ///
+    /// # Errors
+    /// A text that names the word.
+    pub fn with_words(&self, words: &str) -> Result<Self, String> {
+        let mut behaviour = self.clone();
+        behaviour.apply(words)?;
+        Ok(behaviour)
+    }
+
+    /// The tokens of every answer, where all have as many.
+    pub fn tokens_fixed(&self) -> Option<u32> {
+        Some(self.tokens)
+    }
+
     /// Applies `key=value` words separated by commas; a key alone means `key=on`.
     ///
     /// | word | meaning | default |
@@ -131,6 +149,7 @@ impl Behaviour {
     /// | `slowhead=TIME` | request to head | 0 |
     /// | `size=BYTES` | bytes of a token's text | as short as can be |
     /// | `huge=BYTES` | bytes of the first token's text | `size` |
+    /// | `stamp` | in streams, each token's text has the time at which it was sent (microseconds of `CLOCK_MONOTONIC`) | off |
     /// | `usage=on\|off\|always` | usage when asked, never, or always | on |
     /// | `cached=N` `reasoning=N` | usage details; reasoning tokens are also sent | 0 |
     /// | `split=BYTES` `gap=TIME` | writes of so many bytes, so far apart | whole events |
@@ -172,6 +191,7 @@ impl Behaviour {
             "reasoning" => self.reasoning_tokens = tokens(value)?,
             "split" => self.split_bytes = value.parse().ok()?,
             "gap" => self.split_gap = duration(value)?,
+            "stamp" => self.stamp = switch(value)?,
             "crlf" => self.crlf = switch(value)?,
             "done" => self.done = switch(value)?,
             "azure" => self.azure = switch(value)?,

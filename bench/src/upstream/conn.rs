@@ -2,10 +2,11 @@
 
 mod intake;
 
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
-use std::sync::RwLock;
 use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use mio::net::TcpStream;
@@ -29,6 +30,50 @@ pub struct Shared {
     pub counters: Counters,
     pub last: Last,
     pub behaviour: RwLock<Behaviour>,
+    /// Behaviours of models that do not say it in their names.
+    pub models: RwLock<HashMap<String, Behaviour>>,
+}
+
+/// Models whose behaviour can be set.
+const MODELS_MAX: usize = 1024;
+
+impl Shared {
+    /// What a call of `model` gets.
+    pub fn behaviour_of(&self, model: &str) -> Result<Behaviour, String> {
+        let named = self
+            .models
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(model)
+            .cloned();
+        match named {
+            Some(behaviour) => Ok(behaviour),
+            None => self
+                .behaviour
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .for_model(model),
+        }
+    }
+
+    /// Sets what calls of `model` get from now on.
+    ///
+    /// # Errors
+    /// A text for people: words that are none, or too many models.
+    pub fn set_model(&self, model: &str, words: &str) -> Result<(), String> {
+        let mut behaviour = self
+            .behaviour
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        behaviour.apply(words)?;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        if models.len() >= MODELS_MAX && !models.contains_key(model) {
+            return Err(format!("more than {MODELS_MAX} models"));
+        }
+        models.insert(model.to_owned(), behaviour);
+        Ok(())
+    }
 }
 
 /// What the connections of one thread share.

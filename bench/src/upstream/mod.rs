@@ -87,6 +87,7 @@ impl Server {
             counters: Counters::new(addrs.len()),
             last: Last::default(),
             behaviour: RwLock::new(options.behaviour),
+            models: RwLock::default(),
         });
         let mut server = Self {
             addrs,
@@ -144,6 +145,14 @@ impl Server {
             .behaviour
             .write()
             .unwrap_or_else(PoisonError::into_inner) = behaviour;
+    }
+
+    /// Sets what calls of `model` get from now on, as `PUT /sim/models/NAME` does.
+    ///
+    /// # Errors
+    /// A text for people: words that are none, or too many models.
+    pub fn set_model(&self, model: &str, words: &str) -> Result<(), String> {
+        self.shared.set_model(model, words)
     }
 
     /// Waits until the fleet ends, which it does only by itself where a thread fails.

@@ -14,6 +14,9 @@ pub enum Api {
     Responses,
 }
 
+/// Before the name of a model whose behaviour is set.
+pub const MODELS: &str = "/sim/models/";
+
 /// Where a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -21,6 +24,8 @@ pub enum Route {
     Models,
     Stats,
     Last,
+    /// `PUT /sim/models/NAME`: the body's words say what calls of that model get.
+    SetModel,
     Unknown,
 }
 
@@ -35,6 +40,7 @@ impl Route {
             ("GET", "/v1/models") => Self::Models,
             ("GET", "/sim/stats") => Self::Stats,
             ("GET", "/sim/last") => Self::Last,
+            ("PUT", path) if path.starts_with(MODELS) => Self::SetModel,
             _ => Self::Unknown,
         }
     }

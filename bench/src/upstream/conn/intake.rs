@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::super::answer::{Answer, put_error, put_json};
 use super::super::behaviour::Stale;
-use super::super::request::{self, Api, Route};
+use super::super::request::{self, Api, MODELS, Route};
 use super::super::stats::count;
 use super::{Body, Connection, Context, Ending, Phase, Wait, nanoseconds};
 use crate::http::{Dechunker, Fields, HEAD_BYTES_MAX, HEADERS_MAX, head_end};
@@ -143,8 +143,15 @@ impl Connection {
         let line_end = memchr::memchr(b'\r', &self.head[..head_bytes]).unwrap_or_default();
         let line = std::str::from_utf8(&self.head[..line_end]).unwrap_or_default();
         let mut words = line.split(' ');
-        let route = Route::of(words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        match route {
+        let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        match Route::of(method, target) {
+            Route::SetModel => {
+                let words = String::from_utf8_lossy(&self.body);
+                match context.shared.set_model(&target[MODELS.len()..], &words) {
+                    Ok(()) => put_json(&mut self.out, 200, "", "{}", false),
+                    Err(error) => put_error(&mut self.out, 400, &error, 0, false),
+                }
+            }
             Route::Call(api) => {
                 count(&context.shared.counters.requests_by_endpoint[self.endpoint]);
                 self.call(api, context);
@@ -175,11 +182,7 @@ impl Connection {
                 return put_error(&mut self.out, 400, &error.to_string(), 0, false);
             }
         };
-        let behaviour = match context.shared.behaviour.read() {
-            Ok(base) => base.for_model(&call.model),
-            Err(_) => Err("the simulator's behaviour is poisoned".to_owned()),
-        };
-        let behaviour = match behaviour {
+        let behaviour = match context.shared.behaviour_of(&call.model) {
             Ok(behaviour) => behaviour,
             Err(error) => {
                 count(&counters.bad_requests);
