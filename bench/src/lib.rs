@@ -3,6 +3,7 @@
 //! Both are state machines on `epoll` without a runtime, because a harness has to cost much less than what it measures.
 
 pub mod compare;
+pub mod html;
 mod http;
 pub mod load;
 pub mod process;

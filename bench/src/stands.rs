@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use gateway_bench::compare;
+use gateway_bench::html;
 use gateway_bench::scenario::Scenario;
 use gateway_bench::stand::{Paths, Stand};
 use gateway_bench::target::Target;
@@ -98,8 +99,9 @@ impl CompareArgs {
             serde_json::to_string(&results)? + "\n",
         )?;
         std::fs::write(self.out.join("compare.txt"), table.clone() + "\n")?;
+        std::fs::write(self.out.join("compare.html"), html::page(&results)?)?;
         println!("{table}");
-        println!("reports: {}", self.out.display());
+        println!("reports: {0}; to look at: {0}/compare.html", self.out.display());
         if results.cells.iter().all(|cell| cell.reports.is_empty()) {
             bail!("nothing could be run");
         }
@@ -152,7 +154,7 @@ fn file_of(folder: &Path, name: &str) -> Result<PathBuf> {
     bail!("there is neither {} nor a file {name}", named.display())
 }
 
-fn command_line() -> String {
+pub fn command_line() -> String {
     let words: Vec<String> = std::env::args().skip(1).collect();
     format!("gateway-bench {}", words.join(" "))
 }

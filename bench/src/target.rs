@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use crate::upstream::behaviour;
 
 /// Descriptors that a target may have: the scenario with most streams needs two for each of 11,000.
 const DESCRIPTORS: u64 = 50_000;
+/// Of these, so many are for other things than the two sides of a stream.
+const DESCRIPTORS_SPARE: u64 = 100;
 /// How long a target may take to end after it was asked to.
 const END: Duration = Duration::from_secs(10);
 /// Lines of a target's output that an error repeats.
@@ -263,17 +266,29 @@ impl Running {
 
     fn wait_for(&mut self, addr: SocketAddr, most: Duration) -> Result<()> {
         let deadline = Instant::now() + most;
-        while TcpStream::connect_timeout(&addr, Duration::from_millis(200)).is_err() {
+        while !answers(addr) {
             if let Some(status) = self.child.try_wait()? {
                 bail!("it ended with {status}");
             }
             if Instant::now() > deadline {
-                bail!("it does not listen on {addr} after {most:?}");
+                bail!("it does not answer on {addr} after {most:?}");
             }
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
     }
+}
+
+/// Whether a request gets any answer: a port may be open before the process that serves it has been forked.
+fn answers(addr: SocketAddr) -> bool {
+    const WAIT: Duration = Duration::from_millis(500);
+    let exchange = || -> std::io::Result<usize> {
+        let mut socket = TcpStream::connect_timeout(&addr, WAIT)?;
+        socket.set_read_timeout(Some(WAIT))?;
+        socket.write_all(b"GET /bench-ready HTTP/1.1\r\nhost: bench\r\nconnection: close\r\n\r\n")?;
+        socket.read(&mut [0; 512])
+    };
+    exchange().is_ok_and(|received| received > 0)
 }
 
 impl Drop for Running {
@@ -337,6 +352,7 @@ fn fill(text: &str, places: &Places, ports: &Ports) -> String {
         ("{port}", ports.plain.to_string()),
         ("{tls_port}", ports.tls.to_string()),
         ("{admin_port}", ports.admin.to_string()),
+        ("{connections}", (sys::allow_descriptors(DESCRIPTORS) / 2 - DESCRIPTORS_SPARE).to_string()),
     ]
     .iter()
     .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
@@ -360,7 +376,7 @@ fn last_lines(path: &Path) -> String {
     let text = String::from_utf8_lossy(&text);
     let lines: Vec<&str> = text.lines().collect();
     let last = &lines[lines.len().saturating_sub(OUTPUT_LINES)..];
-    format!("its output ends with:\n    {}\n", last.join("\n    "))
+    format!("its output ends with `{}`", last.join(" | "))
 }
 
 #[cfg(test)]
