@@ -54,7 +54,12 @@ mod tests {
 
     #[test]
     fn no_text_can_end_the_data() {
-        let results = of_load(Report::default(), "http://x/</script><script>alert(1)", "a", String::new());
+        let results = of_load(
+            Report::default(),
+            "http://x/</script><script>alert(1)",
+            "a",
+            String::new(),
+        );
         let page = page(&results).unwrap();
         assert_eq!(page.matches("</script>").count(), 2);
         assert!(!page.contains("http://cdn") && !page.contains(" src=") && !page.contains("<link"));

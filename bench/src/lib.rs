@@ -2,6 +2,7 @@
 //!
 //! Both are state machines on `epoll` without a runtime, because a harness has to cost much less than what it measures.
 
+pub mod capacity;
 pub mod compare;
 pub mod html;
 mod http;
@@ -11,6 +12,7 @@ mod prompt;
 mod random;
 pub mod scenario;
 mod slab;
+pub mod soak;
 pub mod stand;
 pub mod sys;
 pub mod target;

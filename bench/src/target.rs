@@ -352,7 +352,10 @@ fn fill(text: &str, places: &Places, ports: &Ports) -> String {
         ("{port}", ports.plain.to_string()),
         ("{tls_port}", ports.tls.to_string()),
         ("{admin_port}", ports.admin.to_string()),
-        ("{connections}", (sys::allow_descriptors(DESCRIPTORS) / 2 - DESCRIPTORS_SPARE).to_string()),
+        (
+            "{connections}",
+            (sys::allow_descriptors(DESCRIPTORS) / 2 - DESCRIPTORS_SPARE).to_string(),
+        ),
     ]
     .iter()
     .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))

@@ -12,10 +12,12 @@ use std::time::Duration;
 use mio::net::TcpStream;
 use socket2::SockRef;
 
-use super::answer::{Answer, Step, put_error};
+use super::answer::{Answer, Step, put_error_object};
 use super::behaviour::{Behaviour, Death, Stale};
+use super::limits::Provider;
 use super::stats::{Counters, Last, count};
 use crate::http::Dechunker;
+use crate::random::Random;
 use crate::wheel::Wheel;
 
 /// Bytes of events that a flood (`pace=0`) gathers for one write.
@@ -32,6 +34,7 @@ pub struct Shared {
     pub behaviour: RwLock<Behaviour>,
     /// Behaviours of models that do not say it in their names.
     pub models: RwLock<HashMap<String, Behaviour>>,
+    pub provider: Provider,
 }
 
 /// Models whose behaviour can be set.
@@ -87,6 +90,7 @@ pub struct Context<'a> {
     pub event: &'a mut Vec<u8>,
     /// Number of the next call.
     pub next_id: &'a mut u64,
+    pub random: &'a mut Random,
 }
 
 /// What a connection waits for.
@@ -403,12 +407,14 @@ impl Connection {
             return;
         }
         if behaviour.status != 200 {
-            let message = format!("simulated status {}", behaviour.status);
-            put_error(
+            let (status, retry_s) = (behaviour.status, behaviour.retry_after_s);
+            let object = answer.error(status, &format!("simulated status {status}"));
+            put_error_object(
                 &mut self.out,
-                behaviour.status,
-                &message,
-                behaviour.retry_after_s,
+                status,
+                &object,
+                &answer.limit_fields,
+                retry_s,
                 last.close,
             );
             self.phase = Phase::Last(last);
@@ -444,19 +450,21 @@ impl Connection {
         let Phase::Stream { due_ns, answer } = &mut self.phase else {
             return;
         };
-        let pace_ns = nanoseconds(answer.behaviour.pace);
+        let flood = answer.is_flood();
         let mut tokens = 0;
         let end = loop {
             match answer.step(context.event, &mut self.out) {
                 Step::Token { content } => tokens += u64::from(content),
                 end => break Some(end),
             }
-            if pace_ns > 0 || self.out.len() >= FLOOD_BYTES || answer.behaviour.split_bytes > 0 {
+            if !flood || self.out.len() >= FLOOD_BYTES || answer.behaviour.split_bytes > 0 {
                 break None;
             }
         };
         context.shared.counters.tokens_sent.fetch_add(tokens, Relaxed);
-        *due_ns += pace_ns;
+        if !flood {
+            *due_ns += answer.next_pace_ns();
+        }
         if context.now_ns > *due_ns + BEHIND_NS_MAX {
             *due_ns = context.now_ns;
         }

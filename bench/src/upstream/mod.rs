@@ -7,6 +7,7 @@
 mod answer;
 pub mod behaviour;
 mod conn;
+mod limits;
 mod reactor;
 mod request;
 mod stats;
@@ -88,6 +89,7 @@ impl Server {
             last: Last::default(),
             behaviour: RwLock::new(options.behaviour),
             models: RwLock::default(),
+            provider: limits::Provider::default(),
         });
         let mut server = Self {
             addrs,

@@ -13,6 +13,7 @@ use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::conn::{Connection, Context, Shared, Wait};
 use super::stats::count;
+use crate::random::Random;
 use crate::slab::Slab;
 use crate::wheel::{Fired, Wheel};
 
@@ -40,6 +41,7 @@ pub struct Reactor {
     input: Vec<u8>,
     event: Vec<u8>,
     next_id: u64,
+    random: Random,
 }
 
 impl Reactor {
@@ -67,6 +69,7 @@ impl Reactor {
             input: vec![0; READ_BYTES],
             event: Vec::new(),
             next_id: 0,
+            random: Random::new(1),
         };
         Ok((reactor, waker))
     }
@@ -178,6 +181,7 @@ impl Reactor {
             input: &mut self.input,
             event: &mut self.event,
             next_id: &mut self.next_id,
+            random: &mut self.random,
         };
         let wait = work(connection, &mut context);
         match wait {

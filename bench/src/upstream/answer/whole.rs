@@ -10,18 +10,42 @@ pub(super) fn error_object(message: &str, kind: &str, code: &str) -> String {
     format!("{{\"error\":{{\"message\":{message},\"type\":\"{kind}\",\"param\":null,\"code\":\"{code}\"}}}}")
 }
 
-/// Appends a whole answer with an error object.
-pub fn put_error(out: &mut Vec<u8>, status: u16, message: &str, retry_after_s: u32, close: bool) {
+/// OpenAI's error object of a status.
+pub(super) fn error_of_status(status: u16, message: &str) -> String {
     let (kind, code) = match status {
         400..=499 if status != 429 => ("invalid_request_error", "simulated_error"),
         429 => ("rate_limit_error", "rate_limit_exceeded"),
         _ => ("server_error", "simulated_error"),
     };
+    error_object(message, kind, code)
+}
+
+/// Appends a whole answer with OpenAI's error object.
+pub fn put_error(out: &mut Vec<u8>, status: u16, message: &str, retry_after_s: u32, close: bool) {
+    put_error_object(
+        out,
+        status,
+        &error_of_status(status, message),
+        "",
+        retry_after_s,
+        close,
+    );
+}
+
+/// Appends a whole answer with an error object; `fields` are further header lines, each with its line end.
+pub fn put_error_object(
+    out: &mut Vec<u8>,
+    status: u16,
+    object: &str,
+    fields: &str,
+    retry_after_s: u32,
+    close: bool,
+) {
     let retry: Cow<'_, str> = match status {
-        429 | 503 => format!("retry-after: {retry_after_s}\r\n").into(),
-        _ => "".into(),
+        429 | 503 | 529 => format!("retry-after: {retry_after_s}\r\n{fields}").into(),
+        _ => fields.into(),
     };
-    put_json(out, status, &retry, &error_object(message, kind, code), close);
+    put_json(out, status, &retry, object, close);
 }
 
 /// Appends a whole answer with a JSON body; `fields` are further header lines, each with its line end.
@@ -47,6 +71,7 @@ fn reason(status: u16) -> &'static str {
         500 => "Internal Server Error",
         502 => "Bad Gateway",
         503 => "Service Unavailable",
+        529 => "Overloaded",
         _ => "Simulated",
     }
 }

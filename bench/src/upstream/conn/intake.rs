@@ -141,7 +141,8 @@ impl Connection {
     fn dispatch(&mut self, head_bytes: usize, context: &mut Context<'_>) {
         self.phase = Phase::Last(Ending::PLAIN);
         let line_end = memchr::memchr(b'\r', &self.head[..head_bytes]).unwrap_or_default();
-        let line = std::str::from_utf8(&self.head[..line_end]).unwrap_or_default();
+        // The head is given away below, while the target is still looked at.
+        let line = String::from_utf8_lossy(&self.head[..line_end]).into_owned();
         let mut words = line.split(' ');
         let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
         match Route::of(method, target) {
@@ -154,7 +155,8 @@ impl Connection {
             }
             Route::Call(api) => {
                 count(&context.shared.counters.requests_by_endpoint[self.endpoint]);
-                self.call(api, context);
+                let named = request::of_path(target);
+                self.call(api, named, context);
                 context.shared.last.swap(&mut self.head, &mut self.body);
             }
             Route::Models => {
@@ -173,30 +175,65 @@ impl Connection {
         }
     }
 
-    fn call(&mut self, api: Api, context: &mut Context<'_>) {
+    /// `named` is what the path says: the model, and whether to stream.
+    fn call(&mut self, api: Api, named: Option<(String, bool)>, context: &mut Context<'_>) {
         let counters = &context.shared.counters;
-        let call = match request::parse(&self.body) {
+        let mut call = match request::parse(&self.body) {
             Ok(call) => call,
             Err(error) => {
                 count(&counters.bad_requests);
                 return put_error(&mut self.out, 400, &error.to_string(), 0, false);
             }
         };
-        let behaviour = match context.shared.behaviour_of(&call.model) {
+        if let Some((model, stream)) = named {
+            (call.model, call.stream) = (model.into(), stream);
+        }
+        let mut behaviour = match context.shared.behaviour_of(&call.model) {
             Ok(behaviour) => behaviour,
             Err(error) => {
                 count(&counters.bad_requests);
                 return put_error(&mut self.out, 400, &error, 0, false);
             }
         };
+        behaviour.draw(context.random);
+        if behaviour.cache_blocks > 0 || !behaviour.prefill.is_zero() {
+            let prompt = request::prompt_bytes(&self.body);
+            let cached = context
+                .shared
+                .provider
+                .look_up(self.endpoint, &prompt, &behaviour)
+                .min(call.prompt_tokens);
+            behaviour.cached_tokens = behaviour.cached_tokens.max(cached);
+            behaviour.first += behaviour
+                .prefill
+                .mul_f64((call.prompt_tokens - cached) as f64 / 1000.0);
+        }
+        let tokens =
+            call.prompt_tokens + u64::from(behaviour.tokens.min(call.tokens_max.unwrap_or(u32::MAX)));
+        let verdict = context.shared.provider.admit(
+            self.endpoint,
+            &call.model,
+            api,
+            behaviour.limits,
+            tokens,
+            context.now_ns,
+        );
+        let permit = match verdict.outcome {
+            Ok(permit) => permit,
+            Err(retry_s) => {
+                (behaviour.status, behaviour.retry_after_s) = (429, retry_s);
+                None
+            }
+        };
         *context.next_id += 1;
-        let created_s = unix_s();
         let mut wait = behaviour.slow_head;
-        let answer = Box::new(Answer::new(api, &call, behaviour, *context.next_id, created_s));
+        let mut answer = Box::new(Answer::new(api, &call, behaviour, *context.next_id, unix_s()));
+        answer.limit_fields = verdict.fields;
+        answer.permit = permit;
         if answer.stream {
             count(&counters.streams_total);
             count(&counters.streams_open);
-        } else {
+        } else if answer.behaviour.status == 200 {
             wait += answer.behaviour.first;
         }
         self.phase = Phase::Delay {
