@@ -1,16 +1,19 @@
 //! The command line.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Parser, Subcommand};
-use gateway_bench::load::{self, HangUp, Sources, Trust};
+use gateway_bench::html;
+use gateway_bench::load::{self, Arrivals, Check, HangUp, Part, Sources, Stage, Trace, Trust};
+use gateway_bench::scenario::Scenario;
 use gateway_bench::upstream::{self, Behaviour, behaviour};
 
-use crate::stands::CompareArgs;
+use crate::stands::{CapacityArgs, CompareArgs, SoakArgs, command_line};
 
 #[derive(Parser)]
 #[command(
@@ -27,6 +30,8 @@ enum Command {
     Upstream(UpstreamArgs),
     Load(Box<LoadArgs>),
     Compare(CompareArgs),
+    Capacity(CapacityArgs),
+    Soak(SoakArgs),
 }
 
 /// Simulate a fleet of OpenAI-compatible servers
@@ -68,11 +73,24 @@ struct LoadArgs {
     /// Where requests go; the path's end tells the API
     #[arg(long, default_value = "http://127.0.0.1:8080/v1/chat/completions")]
     url: String,
-    /// Key, sent as a bearer token
+    /// Key, sent as the API wants it
     #[arg(long, env = "GATEWAY_BENCH_KEY", hide_env_values = true)]
     key: Option<String>,
+    /// File with a key a line, used in turn
+    #[arg(long, value_name = "FILE", conflicts_with = "key")]
+    keys: Option<PathBuf>,
+    /// Further field of every request's head, `NAME: VALUE` (can be repeated)
+    #[arg(long = "header", value_parser = parse_header, value_name = "FIELD")]
+    headers: Vec<(String, String)>,
+    /// Mix of a scenario file, in place of what the options say of the requests; its models are --model, or `sim:` with
+    /// the part's behaviour where that is not given
+    #[arg(long, value_name = "FILE")]
+    scenario: Option<PathBuf>,
     #[arg(long, default_value = "sim")]
     model: String,
+    /// Believe answers that are well-formed: for real models, whose tokens cannot be known
+    #[arg(long)]
+    real: bool,
     /// Ask for streams (the default)
     #[arg(long, conflicts_with = "plain")]
     stream: bool,
@@ -88,6 +106,17 @@ struct LoadArgs {
     /// Open loop: requests per second, latencies counted from when each was due
     #[arg(long, value_name = "R")]
     rate: Option<f64>,
+    /// Open loop with rates that change, `FROM-TO:TIME` each, for example `0-200:30s,200-200:1m`
+    #[arg(long, value_delimiter = ',', value_parser = parse_stage, value_name = "STAGE", conflicts_with = "rate")]
+    stages: Vec<Stage>,
+    /// Open loop: requests come as if by many who know nothing of each other
+    #[arg(long)]
+    poisson: bool,
+    /// Open loop: send what a trace recorded (JSON lines; docs/bench.md), its time divided by --speed
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["rate", "stages"])]
+    trace: Option<PathBuf>,
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    speed: f64,
     /// Stop after so many requests
     #[arg(long, short = 'n', value_name = "N")]
     requests: Option<u64>,
@@ -105,6 +134,12 @@ struct LoadArgs {
     timeout: Duration,
     #[arg(long, default_value_t = 256, value_name = "N")]
     prompt_bytes: usize,
+    /// Different prompts, sent in turn
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    prompts: u32,
+    /// Of a prompt's bytes, so many at its start are the same in all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    shared_bytes: usize,
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// Ask for the usage chunk
@@ -134,6 +169,21 @@ struct LoadArgs {
     /// Hold N streams open and tell the processes' memory for each; use a model with a very slow pace
     #[arg(long, value_name = "N")]
     idle: Option<usize>,
+    /// Count the processes' system calls for a second after the window
+    #[arg(long)]
+    system_calls: bool,
+    /// Threads that share the load
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    threads: usize,
+    /// Where random choices start
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seed: u64,
+    /// Tell how it goes once a second [default: where standard error is a terminal]
+    #[arg(long)]
+    progress: bool,
+    /// Write the report as one HTML page to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Write the report as JSON to this file, `-` for standard output instead of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -147,12 +197,36 @@ fn parse_sources(text: &str) -> Result<Sources, String> {
     Sources::parse(text).ok_or_else(|| "expected an IPv4 network such as 127.0.0.0/8".to_owned())
 }
 
+fn parse_header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or("expected `NAME: VALUE`")?;
+    let plain = |text: &str| text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if name.is_empty() || !plain(name) || !plain(value) {
+        return Err("a field has printable letters only".to_owned());
+    }
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
+fn parse_stage(text: &str) -> Result<Stage, String> {
+    let parse = || {
+        let (rates, time) = text.split_once(':')?;
+        let (from, to) = rates.split_once('-')?;
+        Some(Stage {
+            from: from.parse().ok()?,
+            to: to.parse().ok()?,
+            time: behaviour::duration(time)?,
+        })
+    };
+    parse().ok_or_else(|| "expected `FROM-TO:TIME`, for example `0-200:30s`".to_owned())
+}
+
 /// Does what the command line says.
 pub fn run() -> Result<ExitCode> {
     match Args::parse().command {
         Command::Upstream(args) => run_upstream(&args),
         Command::Load(args) => run_load(&args),
         Command::Compare(args) => args.run(),
+        Command::Capacity(args) => args.run(),
+        Command::Soak(args) => args.run(),
     }
 }
 
@@ -175,7 +249,10 @@ fn run_upstream(args: &UpstreamArgs) -> Result<ExitCode> {
 }
 
 fn run_load(args: &LoadArgs) -> Result<ExitCode> {
-    let report = load::run(&load_options(args)?).with_context(|| format!("cannot load {}", args.url))?;
+    let mut options = load_options(args)?;
+    let watched = args.progress || std::io::stderr().is_terminal();
+    let report = crate::watch::watched(watched, &mut options, load::run)
+        .with_context(|| format!("cannot load {}", args.url))?;
     let json = serde_json::to_string_pretty(&report)?;
     match &args.json {
         Some(path) if path.as_os_str() == "-" => println!("{json}"),
@@ -185,11 +262,13 @@ fn run_load(args: &LoadArgs) -> Result<ExitCode> {
         }
         None => print!("{report}"),
     }
-    Ok(if report.is_sound() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    let sound = report.is_sound();
+    if let Some(path) = &args.html {
+        let name = args.scenario.as_ref().and_then(|path| path.file_stem()).map(|name| name.to_string_lossy());
+        let results = html::of_load(report, &args.url, name.as_deref().unwrap_or("load"), command_line());
+        std::fs::write(path, html::page(&results)?).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn load_options(args: &LoadArgs) -> Result<load::Options> {
@@ -200,11 +279,12 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         }
         None => None,
     };
-    let until = args.duration.or(match (args.requests, args.idle) {
-        (None, None) => Some(Duration::from_secs(10)),
+    let until = args.duration.or(match (args.requests, args.idle, &args.trace) {
+        (None, None, None) => Some(Duration::from_secs(10)),
+        (None, None, Some(_)) => Some(TRACE_MOST),
         _ => None,
     });
-    Ok(load::Options {
+    let mut options = load::Options {
         url: args.url.clone(),
         key: args.key.clone(),
         model: args.model.clone(),
@@ -232,8 +312,72 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         trust,
         pids: args.pids.clone(),
         idle: args.idle.is_some(),
+        keys: match &args.keys {
+            Some(path) => read(path)?.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect(),
+            None => Vec::new(),
+        },
+        headers: args.headers.clone(),
+        stages: args.stages.clone(),
+        arrivals: if args.poisson { Arrivals::Poisson } else { Arrivals::Even },
+        trace: match &args.trace {
+            Some(path) => {
+                let trace = Trace::parse(&read(path)?).map_err(|error| anyhow!("{}: {error}", path.display()))?;
+                Some(trace.at_speed(args.speed))
+            }
+            None => None,
+        },
+        count_system_calls: args.system_calls.then_some(Duration::from_secs(1)),
+        threads: args.threads,
+        seed: args.seed,
         ..load::Options::default()
-    })
+    };
+    options.parts = parts(args, &options)?;
+    Ok(options)
+}
+
+/// A trace ends by itself.
+const TRACE_MOST: Duration = Duration::from_secs(30 * 86_400);
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The mix: a scenario's, or the one part that the options describe.
+fn parts(args: &LoadArgs, options: &load::Options) -> Result<Vec<Part>> {
+    let check = if args.real { Check::Shape } else { Check::Tokens };
+    let Some(path) = &args.scenario else {
+        return Ok(vec![Part {
+            check,
+            prompts: args.prompts,
+            shared_bytes: args.shared_bytes,
+            hold: options.idle,
+            model: options.model.clone(),
+            stream: options.stream,
+            prompt_bytes: options.prompt_bytes,
+            max_tokens: options.max_tokens,
+            include_usage: options.include_usage,
+            expect_tokens: options.expect_tokens,
+            hang_up: options.hang_up,
+            slow_reader: options.slow_reader,
+            ..Part::default()
+        }]);
+    };
+    let scenario = Scenario::read(path)?;
+    let model = |index: usize| {
+        if args.model == "sim" {
+            format!("sim:{}", scenario.parts[index].behaviour)
+        } else {
+            args.model.clone()
+        }
+    };
+    let mut parts = scenario.load(&args.url, None, None, model)?.parts;
+    for part in &mut parts {
+        part.check = check;
+        if args.real {
+            part.expect_tokens = None;
+        }
+    }
+    Ok(parts)
 }
 
 /// The tokens that a simulator's model promises in its name.
@@ -243,6 +387,6 @@ fn tokens_of(model: &str, max_tokens: Option<u32>) -> Option<u64> {
         .split(',')
         .any(|word| word.trim().starts_with("tokens="))
         .then_some(())?;
-    let tokens = Behaviour::default().for_model(model).ok()?.tokens;
+    let tokens = Behaviour::default().for_model(model).ok()?.tokens_fixed()?;
     Some(tokens.min(max_tokens.unwrap_or(u32::MAX)).into())
 }

@@ -2,6 +2,7 @@
 
 mod args;
 mod stands;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -145,7 +145,7 @@ impl Checker {
         let finished = match self.api {
             Api::Embeddings => {
                 let numbers = answer["data"][0]["embedding"].as_array();
-                return (!numbers.is_some_and(|numbers| !numbers.is_empty())).then_some(Flaw::Mismatch);
+                return numbers.is_none_or(Vec::is_empty).then_some(Flaw::Mismatch);
             }
             Api::Chat | Api::Completions => self.plain_choice(&answer),
             Api::Responses => {
