@@ -11,7 +11,7 @@ use clap::{Parser, Subcommand};
 use gateway_bench::html;
 use gateway_bench::load::{self, Arrivals, Check, HangUp, Part, Sources, Stage, Trace, Trust};
 use gateway_bench::scenario::Scenario;
-use gateway_bench::upstream::{self, Behaviour, behaviour};
+use gateway_bench::upstream::{self, Behaviour, Tls, behaviour};
 
 use crate::stands::{CapacityArgs, CompareArgs, SoakArgs, command_line};
 
@@ -34,7 +34,7 @@ enum Command {
     Soak(SoakArgs),
 }
 
-/// Simulate a fleet of OpenAI-compatible servers
+/// Simulate a fleet of servers that speak OpenAI's, Anthropic's and Google's APIs
 #[derive(clap::Args)]
 #[command(
     after_help = "The model's name says what a call gets, for example `sim:tokens=50,pace=10ms,die=rst,after=7`.\n\
@@ -58,6 +58,19 @@ struct UpstreamArgs {
         value_name = "WORDS"
     )]
     behaviour: String,
+    /// Behaviour of one model, `NAME=WORDS` (can be repeated)
+    #[arg(long = "model", value_name = "NAME=WORDS")]
+    models: Vec<String>,
+    /// Serve TLS, with a certificate of its own unless --certificate names one
+    #[arg(long)]
+    tls: bool,
+    #[arg(long, value_name = "FILE", requires_all = ["tls", "certificate_key"])]
+    certificate: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    certificate_key: Option<PathBuf>,
+    /// Play a recorded fleet: each call gets the lengths and times of the trace's next line (docs/bench.md)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 /// Send load to an OpenAI-compatible server, check every token, and measure
@@ -238,11 +251,25 @@ fn run_upstream(args: &UpstreamArgs) -> Result<ExitCode> {
         endpoints: args.endpoints,
         threads: args.threads,
         behaviour,
+        tls: match (&args.certificate, &args.certificate_key) {
+            (Some(certificate), Some(key)) => {
+                let tls = Tls::from_files(certificate, key);
+                Some(tls.with_context(|| format!("cannot serve {}", certificate.display()))?)
+            }
+            _ if args.tls => Some(Tls::self_signed()?),
+            _ => None,
+        },
+        trace: args.trace.as_ref().map(|path| read_trace(path)).transpose()?,
     };
     let server =
         upstream::Server::start(options).with_context(|| format!("cannot listen on {}", args.listen))?;
+    for model in &args.models {
+        let (name, words) = model.split_once('=').context("--model takes NAME=WORDS")?;
+        server.set_model(name, words).map_err(|error| anyhow!(error))?;
+    }
+    let scheme = if args.tls { "https" } else { "http" };
     for addr in server.addrs() {
-        println!("simulated upstream on http://{addr}");
+        println!("simulated upstream on {scheme}://{addr}");
     }
     server.join();
     Ok(ExitCode::FAILURE)
@@ -264,11 +291,25 @@ fn run_load(args: &LoadArgs) -> Result<ExitCode> {
     }
     let sound = report.is_sound();
     if let Some(path) = &args.html {
-        let name = args.scenario.as_ref().and_then(|path| path.file_stem()).map(|name| name.to_string_lossy());
-        let results = html::of_load(report, &args.url, name.as_deref().unwrap_or("load"), command_line());
-        std::fs::write(path, html::page(&results)?).with_context(|| format!("cannot write {}", path.display()))?;
+        let name = args
+            .scenario
+            .as_ref()
+            .and_then(|path| path.file_stem())
+            .map(|name| name.to_string_lossy());
+        let results = html::of_load(
+            report,
+            &args.url,
+            name.as_deref().unwrap_or("load"),
+            command_line(),
+        );
+        std::fs::write(path, html::page(&results)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(if sound { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if sound {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn load_options(args: &LoadArgs) -> Result<load::Options> {
@@ -313,17 +354,23 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         pids: args.pids.clone(),
         idle: args.idle.is_some(),
         keys: match &args.keys {
-            Some(path) => read(path)?.lines().map(str::trim).filter(|line| !line.is_empty()).map(str::to_owned).collect(),
+            Some(path) => read(path)?
+                .lines()
+                .map(str::trim)
+                .filter(|line| !line.is_empty())
+                .map(str::to_owned)
+                .collect(),
             None => Vec::new(),
         },
         headers: args.headers.clone(),
         stages: args.stages.clone(),
-        arrivals: if args.poisson { Arrivals::Poisson } else { Arrivals::Even },
+        arrivals: if args.poisson {
+            Arrivals::Poisson
+        } else {
+            Arrivals::Even
+        },
         trace: match &args.trace {
-            Some(path) => {
-                let trace = Trace::parse(&read(path)?).map_err(|error| anyhow!("{}: {error}", path.display()))?;
-                Some(trace.at_speed(args.speed))
-            }
+            Some(path) => Some(read_trace(path)?.at_speed(args.speed)),
             None => None,
         },
         count_system_calls: args.system_calls.then_some(Duration::from_secs(1)),
@@ -337,6 +384,10 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
 
 /// A trace ends by itself.
 const TRACE_MOST: Duration = Duration::from_secs(30 * 86_400);
+
+fn read_trace(path: &Path) -> Result<Trace> {
+    Trace::parse(&read(path)?).map_err(|error| anyhow!("{}: {error}", path.display()))
+}
 
 fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))

@@ -113,8 +113,8 @@ pub fn find(search: &Search, mut run: impl FnMut(f64) -> Result<Report>) -> Resu
         }
         steps.push(step);
         if good >= search.most
-            || bad - good <= search.within * bad
-            || (good == 0.0 && bad < search.from / 64.0)
+            || (bad.is_finite() && bad - good <= search.within * bad)
+            || (good == 0.0 && bad < search.from / 10_000.0)
         {
             break;
         }
@@ -150,7 +150,7 @@ fn judge(goal: Goal, rate: f64, report: &Report) -> Step {
         failures: failures + refused,
         late_starts: report.late_starts,
         held: on_time && failures + refused == 0 && report.requests_per_s >= rate * REACHED_MIN,
-        cores: report.processes.iter().map(|cost| cost.cores).sum(),
+        cores: report.processes.iter().map(|cost| cost.cores).sum::<f64>() + 0.0,
     }
 }
 

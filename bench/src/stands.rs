@@ -259,7 +259,11 @@ impl CapacityArgs {
         })?;
         print!("{found}");
         self.loaded.write(&found)?;
-        Ok(if found.rate.is_some() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(if found.rate.is_some() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 
@@ -299,8 +303,13 @@ impl SoakArgs {
         let report = report?;
         let soak = Soak::judge(samples, Soak::settle(&pids, self.settle));
         print!("{report}{soak}");
-        self.loaded.write(&serde_json::json!({ "soak": soak, "report": report }))?;
-        Ok(if soak.is_sound() && report.is_sound() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        self.loaded
+            .write(&serde_json::json!({ "soak": soak, "report": report }))?;
+        Ok(if soak.is_sound() && report.is_sound() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        })
     }
 }
 

@@ -4,19 +4,19 @@ mod intake;
 
 use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use mio::net::TcpStream;
-use socket2::SockRef;
 
 use super::answer::{Answer, Step, put_error_object};
 use super::behaviour::{Behaviour, Death, Stale};
 use super::limits::Provider;
+use super::socket::{Socket, Tls};
 use super::stats::{Counters, Last, count};
 use crate::http::Dechunker;
+use crate::load::Trace;
 use crate::random::Random;
 use crate::wheel::Wheel;
 
@@ -35,6 +35,10 @@ pub struct Shared {
     /// Behaviours of models that do not say it in their names.
     pub models: RwLock<HashMap<String, Behaviour>>,
     pub provider: Provider,
+    pub tls: Option<Tls>,
+    /// A recorded fleet: each call takes the next row.
+    pub trace: Option<Trace>,
+    pub next_row: AtomicUsize,
 }
 
 /// Models whose behaviour can be set.
@@ -56,6 +60,23 @@ impl Shared {
                 .read()
                 .unwrap_or_else(PoisonError::into_inner)
                 .for_model(model),
+        }
+    }
+
+    /// What the next call gets by the trace, in its own words' place.
+    pub fn play(&self, behaviour: &mut Behaviour) {
+        let Some(trace) = &self.trace else {
+            return;
+        };
+        let rows = trace.rows();
+        let row = &rows[self.next_row.fetch_add(1, Relaxed) % rows.len()];
+        if row.output_tokens > 0 {
+            behaviour.tokens = row.output_tokens;
+        }
+        let time = |milliseconds: f64| crate::random::seconds(milliseconds / 1000.0);
+        behaviour.first = row.ttft_ms.map_or(behaviour.first, time);
+        if let Some(pace_ms) = row.itl_ms {
+            (behaviour.pace, behaviour.spreads.pace) = (time(pace_ms), None);
         }
     }
 
@@ -157,7 +178,7 @@ struct Body {
 }
 
 pub struct Connection {
-    socket: TcpStream,
+    socket: Socket,
     endpoint: usize,
     phase: Phase,
     /// What has been received and not understood yet.
@@ -187,7 +208,7 @@ enum Io {
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream, endpoint: usize) -> Self {
+    pub fn new(socket: Socket, endpoint: usize) -> Self {
         Self {
             socket,
             endpoint,
@@ -207,7 +228,7 @@ impl Connection {
     }
 
     pub fn socket(&mut self) -> &mut TcpStream {
-        &mut self.socket
+        self.socket.tcp()
     }
 
     /// Arms the timer, unless it stands at that time already.
@@ -236,7 +257,7 @@ impl Connection {
                     if !self.take(received, context) {
                         return self.peer_left(context);
                     }
-                    if received < context.input.len() && !to_the_end {
+                    if received < context.input.len() && !to_the_end && self.socket.short_read_is_empty() {
                         // A short read means an empty socket; should more come, the poll says so.
                         return self.go_on(context);
                     }
@@ -307,7 +328,7 @@ impl Connection {
             counters.streams_open.fetch_sub(1, Relaxed);
         }
         if ending.close || self.close_asked || ending.stale == Stale::AtOnce {
-            let _ = self.socket.shutdown(Shutdown::Write);
+            self.socket.end();
             return Some(Wait::Close);
         }
         self.stale = ending.stale;
@@ -321,13 +342,8 @@ impl Connection {
                 self.phase = Phase::Stalled { stream };
                 return None;
             }
-            Death::Reset => {
-                // Without the option the close is an orderly one, which a test would then report.
-                let _ = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
-            }
-            Death::Close => {
-                let _ = self.socket.shutdown(Shutdown::Write);
-            }
+            Death::Reset => self.socket.reset(),
+            Death::Close => self.socket.end(),
         }
         Some(Wait::Close)
     }
@@ -377,7 +393,11 @@ impl Connection {
         }
         self.out.clear();
         self.out_sent = 0;
-        Io::Done
+        match self.socket.flush() {
+            Ok(()) => Io::Done,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Io::Blocked,
+            Err(_) => Io::Gone,
+        }
     }
 
     /// Puts the head, and a plain answer's body, into `out`; or the fault that comes instead.

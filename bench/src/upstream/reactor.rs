@@ -12,6 +12,7 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::conn::{Connection, Context, Shared, Wait};
+use super::socket::Socket;
 use super::stats::count;
 use crate::random::Random;
 use crate::slab::Slab;
@@ -153,6 +154,10 @@ impl Reactor {
                         count(&self.shared.counters.accept_errors);
                         continue;
                     }
+                    let Ok(socket) = Socket::new(socket, self.shared.tls.as_ref()) else {
+                        count(&self.shared.counters.accept_errors);
+                        continue;
+                    };
                     self.connections.insert(Connection::new(socket, endpoint));
                     count(&self.shared.counters.connections_total);
                     count(&self.shared.counters.connections_open);

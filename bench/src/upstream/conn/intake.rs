@@ -1,6 +1,5 @@
 //! The way in: from received bytes to a whole request, and on to what answers it.
 
-use std::net::Shutdown;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::super::answer::{Answer, put_error, put_json};
@@ -47,7 +46,7 @@ impl Connection {
             return Some(Wait::Socket);
         }
         if self.stale == Stale::OnRequest {
-            let _ = self.socket.shutdown(Shutdown::Write);
+            self.socket.end();
             return Some(Wait::Close);
         }
         let Some(head_bytes) = head_end(&self.received) else {
@@ -196,6 +195,7 @@ impl Connection {
             }
         };
         behaviour.draw(context.random);
+        context.shared.play(&mut behaviour);
         if behaviour.cache_blocks > 0 || !behaviour.prefill.is_zero() {
             let prompt = request::prompt_bytes(&self.body);
             let cached = context
