@@ -286,7 +286,11 @@ impl Checker {
             return false;
         };
         let is_wanted = |finder: &Finder<'_>| finder.find(data).is_some();
+        // Google's thoughts look the same up to what comes behind their text.
+        let is_thought =
+            matches!(self.api, Api::Gemini | Api::GeminiArray) && text.get(end + 1) != Some(&b'}');
         if text[end] != b'"'
+            || is_thought
             || !needles.present.as_ref().is_none_or(is_wanted)
             || needles.absent.as_ref().is_some_and(is_wanted)
         {
