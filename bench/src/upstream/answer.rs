@@ -1,6 +1,7 @@
 //! The bytes of answers: heads, OpenAI's objects and stream events, one step at a time.
 
 mod dialects;
+mod responses;
 mod whole;
 
 use std::io::Write as _;
@@ -14,9 +15,6 @@ use crate::sys::monotonic_us;
 
 use whole::error_object;
 pub use whole::{put_error, put_error_object, put_json};
-
-/// Bytes of text that the closing events of a Responses stream repeat.
-const REPEATED_TEXT_BYTES_MAX: usize = 1024 * 1024;
 
 /// What a step of a stream came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,58 +202,6 @@ impl Answer {
         self.behaviour.death.map(Step::Broken)
     }
 
-    /// The body of a plain answer.
-    pub fn plain_body(&self) -> Vec<u8> {
-        let mut text = Vec::new();
-        (0..self.tokens).for_each(|index| self.put_text(index, &mut text));
-        let text = String::from_utf8_lossy(&text);
-        let usage = if self.with_usage {
-            format!(",\"usage\":{}", self.usage(self.tokens))
-        } else {
-            String::new()
-        };
-        let (id, created, model) = (self.id, self.created_s, &self.model);
-        let finish = self.finish_reason();
-        let calls = self.plain_tool_calls();
-        let body = match self.api {
-            Api::Chat => format!(
-                "{{\"id\":\"chatcmpl-sim{id}\",\"object\":\"chat.completion\",\"created\":{created},\"model\":{model},\
-                 \"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{text}\",\
-                 \"refusal\":null{calls}}},\"logprobs\":null,\"finish_reason\":\"{finish}\"}}]{usage},\
-                 \"system_fingerprint\":\"fp_sim\"}}"
-            ),
-            Api::Completions => format!(
-                "{{\"id\":\"cmpl-sim{id}\",\"object\":\"text_completion\",\"created\":{created},\"model\":{model},\
-                 \"choices\":[{{\"text\":\"{text}\",\"index\":0,\"logprobs\":null,\
-                 \"finish_reason\":\"{finish}\"}}]{usage}}}"
-            ),
-            Api::Embeddings => self.embedding(),
-            Api::Responses => self.response_object(Some(&text), self.tokens),
-            Api::Messages => self.messages_body(&text),
-            Api::Gemini | Api::GeminiArray => self.gemini_body(&text),
-        };
-        body.into_bytes()
-    }
-
-    fn embedding(&self) -> String {
-        let numbers: Vec<String> = (0..self.behaviour.dimensions)
-            .map(|index| format!("{:.4}", f64::from(index % 97) / 97.0 - 0.5))
-            .collect();
-        let usage = match self.behaviour.usage {
-            Usage::Never => String::new(),
-            _ => format!(
-                ",\"usage\":{{\"prompt_tokens\":{0},\"total_tokens\":{0}}}",
-                self.prompt_tokens
-            ),
-        };
-        format!(
-            "{{\"object\":\"list\",\"data\":[{{\"object\":\"embedding\",\"index\":0,\"embedding\":[{}]}}],\
-             \"model\":{}{usage}}}",
-            numbers.join(","),
-            self.model
-        )
-    }
-
     fn finish_reason(&self) -> &'static str {
         match self.behaviour.tool_calls {
             _ if self.cut_by_limit => "length",
@@ -299,37 +245,6 @@ impl Answer {
             "{{\"prompt_tokens\":{prompt},\"completion_tokens\":{completion},\"total_tokens\":{total},\
              \"prompt_tokens_details\":{{\"cached_tokens\":{cached}}},\
              \"completion_tokens_details\":{{\"reasoning_tokens\":{reasoning}}}}}"
-        )
-    }
-
-    /// The `response` object of the Responses API; without text it is one in progress.
-    fn response_object(&self, text: Option<&str>, said: u32) -> String {
-        let (status, details) = match (text.is_some(), self.cut_by_limit) {
-            (false, _) => ("in_progress", "null"),
-            (true, true) => ("incomplete", "{\"reason\":\"max_output_tokens\"}"),
-            (true, false) => ("completed", "null"),
-        };
-        let output = text
-            .map(|text| self.message_item(status, Some(text)))
-            .unwrap_or_default();
-        let usage = if text.is_some() && self.with_usage {
-            self.usage(said)
-        } else {
-            "null".to_owned()
-        };
-        format!(
-            "{{\"id\":\"resp_sim{}\",\"object\":\"response\",\"created_at\":{},\"status\":\"{status}\",\"error\":null,\
-             \"incomplete_details\":{details},\"model\":{},\"output\":[{output}],\"usage\":{usage}}}",
-            self.id, self.created_s, self.model
-        )
-    }
-
-    fn message_item(&self, status: &str, text: Option<&str>) -> String {
-        let content = text.map(output_text).unwrap_or_default();
-        format!(
-            "{{\"id\":\"msg_sim{}\",\"type\":\"message\",\"status\":\"{status}\",\"role\":\"assistant\",\
-             \"content\":[{content}]}}",
-            self.id
         )
     }
 
@@ -467,7 +382,7 @@ impl Answer {
                 let item = self.message_item("in_progress", None);
                 let json = format!("\"output_index\":0,\"item\":{item}}}");
                 self.put_named("response.output_item.added", &json, event, out);
-                let json = format!("{},\"part\":{}}}", self.place(), output_text(""));
+                let json = format!("{},\"part\":{}}}", self.place(), responses::output_text(""));
                 self.put_named("response.content_part.added", &json, event, out);
             }
         }
@@ -497,54 +412,6 @@ impl Answer {
         if self.behaviour.done {
             self.put_event(None, "[DONE]", event, out);
         }
-    }
-
-    fn put_responses_tail(&mut self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
-        let mut text = Vec::new();
-        for index in 0..self.said {
-            self.put_text(index, &mut text);
-            if text.len() > REPEATED_TEXT_BYTES_MAX {
-                break;
-            }
-        }
-        let text = String::from_utf8_lossy(&text);
-        let json = format!("{},\"text\":\"{text}\",\"logprobs\":[]}}", self.place());
-        self.put_named("response.output_text.done", &json, event, out);
-        let json = format!("{},\"part\":{}}}", self.place(), output_text(&text));
-        self.put_named("response.content_part.done", &json, event, out);
-        let json = format!(
-            "\"output_index\":0,\"item\":{}}}",
-            self.message_item("completed", Some(&text))
-        );
-        self.put_named("response.output_item.done", &json, event, out);
-        let name = if self.cut_by_limit {
-            "response.incomplete"
-        } else {
-            "response.completed"
-        };
-        let json = format!("\"response\":{}}}", self.response_object(Some(&text), self.said));
-        self.put_named(name, &json, event, out);
-    }
-
-    /// Where in a response the text stands.
-    fn place(&self) -> String {
-        format!(
-            "\"item_id\":\"msg_sim{}\",\"output_index\":0,\"content_index\":0",
-            self.id
-        )
-    }
-
-    /// Appends an event of the Responses API, which repeats its name and is numbered. Elsewhere the name is left out.
-    fn put_named(&mut self, name: &str, rest: &str, event: &mut Vec<u8>, out: &mut Vec<u8>) {
-        if self.api != Api::Responses {
-            return self.put_event(None, rest, event, out);
-        }
-        let json = format!(
-            "{{\"type\":\"{name}\",\"sequence_number\":{},{rest}",
-            self.event_number
-        );
-        self.event_number += 1;
-        self.put_event(Some(name), &json, event, out);
     }
 
     fn put_event(&mut self, name: Option<&str>, json: &str, event: &mut Vec<u8>, out: &mut Vec<u8>) {
@@ -603,10 +470,6 @@ impl Answer {
             out.extend_from_slice(b"0\r\n\r\n");
         }
     }
-}
-
-fn output_text(text: &str) -> String {
-    format!("{{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\"{text}\"}}")
 }
 
 fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {
