@@ -38,6 +38,22 @@ install: ## put the release build, the unit and a first configuration in place (
 bench: ## what the gateway costs, beside nginx and no proxy (ARGS="--rounds 1 --seconds 4")
 	bench/run.sh $(ARGS)
 
+.PHONY: bench-all
+bench-all: release ## all targets that are installed and all scenarios, by turns (hours; ARGS="--window 5s")
+	target/release/gateway-bench compare --targets all --scenarios all --rounds 3 $(ARGS)
+
+.PHONY: bench-capacity
+bench-capacity: release ## the highest rate that holds (ARGS="--scenario json-1k --p99 total=20ms --from 1000")
+	target/release/gateway-bench capacity $(or $(ARGS),--scenario mixed --p99 ttft=1s --from 50)
+
+.PHONY: bench-soak
+bench-soak: release ## the mixed fleet for ten minutes: does anything grow? (ARGS="--duration 1h")
+	target/release/gateway-bench soak $(ARGS)
+
+.PHONY: bench-peers
+bench-peers: ## install what the gateway is compared with (nginx, HAProxy, Envoy, LiteLLM, Portkey; under target/peers)
+	bench/peers.sh
+
 # The test command. Its parts are targets, in the order in which they fail fastest.
 .PHONY: test
 test: setup fmt-check layers lint build unit systemd-check systemd-boot ebpf-check deny ## everything that CI runs

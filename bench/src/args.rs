@@ -1,14 +1,19 @@
 //! The command line.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::{Parser, Subcommand};
-use gateway_bench::load::{self, HangUp, Sources, Trust};
-use gateway_bench::upstream::{self, Behaviour, behaviour};
+use gateway_bench::html;
+use gateway_bench::load::{self, Arrivals, Check, HangUp, Part, Sources, Stage, Trace, Trust};
+use gateway_bench::scenario::Scenario;
+use gateway_bench::upstream::{self, Behaviour, Tls, behaviour};
+
+use crate::stands::{CapacityArgs, CompareArgs, SoakArgs, command_line};
 
 #[derive(Parser)]
 #[command(
@@ -24,14 +29,12 @@ struct Args {
 enum Command {
     Upstream(UpstreamArgs),
     Load(Box<LoadArgs>),
-    /// Put the reports of bench/run.sh side by side
-    Compare {
-        /// Directory with files named SCENARIO.TARGET.ROUND.json
-        directory: PathBuf,
-    },
+    Compare(CompareArgs),
+    Capacity(CapacityArgs),
+    Soak(SoakArgs),
 }
 
-/// Simulate a fleet of OpenAI-compatible servers
+/// Simulate a fleet of servers that speak OpenAI's, Anthropic's and Google's APIs
 #[derive(clap::Args)]
 #[command(
     after_help = "The model's name says what a call gets, for example `sim:tokens=50,pace=10ms,die=rst,after=7`.\n\
@@ -55,6 +58,19 @@ struct UpstreamArgs {
         value_name = "WORDS"
     )]
     behaviour: String,
+    /// Behaviour of one model, `NAME=WORDS` (can be repeated)
+    #[arg(long = "model", value_name = "NAME=WORDS")]
+    models: Vec<String>,
+    /// Serve TLS, with a certificate of its own unless --certificate names one
+    #[arg(long)]
+    tls: bool,
+    #[arg(long, value_name = "FILE", requires_all = ["tls", "certificate_key"])]
+    certificate: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", requires = "certificate")]
+    certificate_key: Option<PathBuf>,
+    /// Play a recorded fleet: each call gets the lengths and times of the trace's next line (docs/bench.md)
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
 }
 
 /// Send load to an OpenAI-compatible server, check every token, and measure
@@ -70,11 +86,24 @@ struct LoadArgs {
     /// Where requests go; the path's end tells the API
     #[arg(long, default_value = "http://127.0.0.1:8080/v1/chat/completions")]
     url: String,
-    /// Key, sent as a bearer token
+    /// Key, sent as the API wants it
     #[arg(long, env = "GATEWAY_BENCH_KEY", hide_env_values = true)]
     key: Option<String>,
+    /// File with a key a line, used in turn
+    #[arg(long, value_name = "FILE", conflicts_with = "key")]
+    keys: Option<PathBuf>,
+    /// Further field of every request's head, `NAME: VALUE` (can be repeated)
+    #[arg(long = "header", value_parser = parse_header, value_name = "FIELD")]
+    headers: Vec<(String, String)>,
+    /// Mix of a scenario file, in place of what the options say of the requests; its models are --model, or `sim:` with
+    /// the part's behaviour where that is not given
+    #[arg(long, value_name = "FILE")]
+    scenario: Option<PathBuf>,
     #[arg(long, default_value = "sim")]
     model: String,
+    /// Believe answers that are well-formed: for real models, whose tokens cannot be known
+    #[arg(long)]
+    real: bool,
     /// Ask for streams (the default)
     #[arg(long, conflicts_with = "plain")]
     stream: bool,
@@ -90,6 +119,17 @@ struct LoadArgs {
     /// Open loop: requests per second, latencies counted from when each was due
     #[arg(long, value_name = "R")]
     rate: Option<f64>,
+    /// Open loop with rates that change, `FROM-TO:TIME` each, for example `0-200:30s,200-200:1m`
+    #[arg(long, value_delimiter = ',', value_parser = parse_stage, value_name = "STAGE", conflicts_with = "rate")]
+    stages: Vec<Stage>,
+    /// Open loop: requests come as if by many who know nothing of each other
+    #[arg(long)]
+    poisson: bool,
+    /// Open loop: send what a trace recorded (JSON lines; docs/bench.md), its time divided by --speed
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["rate", "stages"])]
+    trace: Option<PathBuf>,
+    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    speed: f64,
     /// Stop after so many requests
     #[arg(long, short = 'n', value_name = "N")]
     requests: Option<u64>,
@@ -107,6 +147,12 @@ struct LoadArgs {
     timeout: Duration,
     #[arg(long, default_value_t = 256, value_name = "N")]
     prompt_bytes: usize,
+    /// Different prompts, sent in turn
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    prompts: u32,
+    /// Of a prompt's bytes, so many at its start are the same in all
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    shared_bytes: usize,
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// Ask for the usage chunk
@@ -136,12 +182,27 @@ struct LoadArgs {
     /// Hold N streams open and tell the processes' memory for each; use a model with a very slow pace
     #[arg(long, value_name = "N")]
     idle: Option<usize>,
+    /// Count the processes' system calls for a second after the window
+    #[arg(long)]
+    system_calls: bool,
+    /// Threads that share the load
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    threads: usize,
+    /// Where random choices start
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    seed: u64,
+    /// Tell how it goes once a second [default: where standard error is a terminal]
+    #[arg(long)]
+    progress: bool,
+    /// Write the report as one HTML page to this file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Write the report as JSON to this file, `-` for standard output instead of the table
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
 }
 
-fn parse_duration(text: &str) -> Result<Duration, String> {
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
     behaviour::duration(text).ok_or_else(|| "expected a time such as 250ms, 10s or 2m".to_owned())
 }
 
@@ -149,15 +210,36 @@ fn parse_sources(text: &str) -> Result<Sources, String> {
     Sources::parse(text).ok_or_else(|| "expected an IPv4 network such as 127.0.0.0/8".to_owned())
 }
 
+fn parse_header(text: &str) -> Result<(String, String), String> {
+    let (name, value) = text.split_once(':').ok_or("expected `NAME: VALUE`")?;
+    let plain = |text: &str| text.bytes().all(|byte| (b' '..=b'~').contains(&byte));
+    if name.is_empty() || !plain(name) || !plain(value) {
+        return Err("a field has printable letters only".to_owned());
+    }
+    Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
+fn parse_stage(text: &str) -> Result<Stage, String> {
+    let parse = || {
+        let (rates, time) = text.split_once(':')?;
+        let (from, to) = rates.split_once('-')?;
+        Some(Stage {
+            from: from.parse().ok()?,
+            to: to.parse().ok()?,
+            time: behaviour::duration(time)?,
+        })
+    };
+    parse().ok_or_else(|| "expected `FROM-TO:TIME`, for example `0-200:30s`".to_owned())
+}
+
 /// Does what the command line says.
 pub fn run() -> Result<ExitCode> {
     match Args::parse().command {
         Command::Upstream(args) => run_upstream(&args),
         Command::Load(args) => run_load(&args),
-        Command::Compare { directory } => {
-            println!("{}", crate::compare::table(&directory)?);
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Compare(args) => args.run(),
+        Command::Capacity(args) => args.run(),
+        Command::Soak(args) => args.run(),
     }
 }
 
@@ -169,18 +251,35 @@ fn run_upstream(args: &UpstreamArgs) -> Result<ExitCode> {
         endpoints: args.endpoints,
         threads: args.threads,
         behaviour,
+        tls: match (&args.certificate, &args.certificate_key) {
+            (Some(certificate), Some(key)) => {
+                let tls = Tls::from_files(certificate, key);
+                Some(tls.with_context(|| format!("cannot serve {}", certificate.display()))?)
+            }
+            _ if args.tls => Some(Tls::self_signed()?),
+            _ => None,
+        },
+        trace: args.trace.as_ref().map(|path| read_trace(path)).transpose()?,
     };
     let server =
         upstream::Server::start(options).with_context(|| format!("cannot listen on {}", args.listen))?;
+    for model in &args.models {
+        let (name, words) = model.split_once('=').context("--model takes NAME=WORDS")?;
+        server.set_model(name, words).map_err(|error| anyhow!(error))?;
+    }
+    let scheme = if args.tls { "https" } else { "http" };
     for addr in server.addrs() {
-        println!("simulated upstream on http://{addr}");
+        println!("simulated upstream on {scheme}://{addr}");
     }
     server.join();
     Ok(ExitCode::FAILURE)
 }
 
 fn run_load(args: &LoadArgs) -> Result<ExitCode> {
-    let report = load::run(&load_options(args)?).with_context(|| format!("cannot load {}", args.url))?;
+    let mut options = load_options(args)?;
+    let watched = args.progress || std::io::stderr().is_terminal();
+    let report = crate::watch::watched(watched, &mut options, load::run)
+        .with_context(|| format!("cannot load {}", args.url))?;
     let json = serde_json::to_string_pretty(&report)?;
     match &args.json {
         Some(path) if path.as_os_str() == "-" => println!("{json}"),
@@ -190,7 +289,23 @@ fn run_load(args: &LoadArgs) -> Result<ExitCode> {
         }
         None => print!("{report}"),
     }
-    Ok(if report.is_sound() {
+    let sound = report.is_sound();
+    if let Some(path) = &args.html {
+        let name = args
+            .scenario
+            .as_ref()
+            .and_then(|path| path.file_stem())
+            .map(|name| name.to_string_lossy());
+        let results = html::of_load(
+            report,
+            &args.url,
+            name.as_deref().unwrap_or("load"),
+            command_line(),
+        );
+        std::fs::write(path, html::page(&results)?)
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(if sound {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
@@ -205,11 +320,12 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         }
         None => None,
     };
-    let until = args.duration.or(match (args.requests, args.idle) {
-        (None, None) => Some(Duration::from_secs(10)),
+    let until = args.duration.or(match (args.requests, args.idle, &args.trace) {
+        (None, None, None) => Some(Duration::from_secs(10)),
+        (None, None, Some(_)) => Some(TRACE_MOST),
         _ => None,
     });
-    Ok(load::Options {
+    let mut options = load::Options {
         url: args.url.clone(),
         key: args.key.clone(),
         model: args.model.clone(),
@@ -237,7 +353,82 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         trust,
         pids: args.pids.clone(),
         idle: args.idle.is_some(),
-    })
+        keys: match &args.keys {
+            Some(path) => read(path)?
+                .lines()
+                .map(str::trim)
+                .filter(|line| !line.is_empty())
+                .map(str::to_owned)
+                .collect(),
+            None => Vec::new(),
+        },
+        headers: args.headers.clone(),
+        stages: args.stages.clone(),
+        arrivals: if args.poisson {
+            Arrivals::Poisson
+        } else {
+            Arrivals::Even
+        },
+        trace: match &args.trace {
+            Some(path) => Some(read_trace(path)?.at_speed(args.speed)),
+            None => None,
+        },
+        count_system_calls: args.system_calls.then_some(Duration::from_secs(1)),
+        threads: args.threads,
+        seed: args.seed,
+        ..load::Options::default()
+    };
+    options.parts = parts(args, &options)?;
+    Ok(options)
+}
+
+/// A trace ends by itself.
+const TRACE_MOST: Duration = Duration::from_secs(30 * 86_400);
+
+fn read_trace(path: &Path) -> Result<Trace> {
+    Trace::parse(&read(path)?).map_err(|error| anyhow!("{}: {error}", path.display()))
+}
+
+fn read(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
+}
+
+/// The mix: a scenario's, or the one part that the options describe.
+fn parts(args: &LoadArgs, options: &load::Options) -> Result<Vec<Part>> {
+    let check = if args.real { Check::Shape } else { Check::Tokens };
+    let Some(path) = &args.scenario else {
+        return Ok(vec![Part {
+            check,
+            prompts: args.prompts,
+            shared_bytes: args.shared_bytes,
+            hold: options.idle,
+            model: options.model.clone(),
+            stream: options.stream,
+            prompt_bytes: options.prompt_bytes,
+            max_tokens: options.max_tokens,
+            include_usage: options.include_usage,
+            expect_tokens: options.expect_tokens,
+            hang_up: options.hang_up,
+            slow_reader: options.slow_reader,
+            ..Part::default()
+        }]);
+    };
+    let scenario = Scenario::read(path)?;
+    let model = |index: usize| {
+        if args.model == "sim" {
+            format!("sim:{}", scenario.parts[index].behaviour)
+        } else {
+            args.model.clone()
+        }
+    };
+    let mut parts = scenario.load(&args.url, None, None, model)?.parts;
+    for part in &mut parts {
+        part.check = check;
+        if args.real {
+            part.expect_tokens = None;
+        }
+    }
+    Ok(parts)
 }
 
 /// The tokens that a simulator's model promises in its name.
@@ -247,6 +438,6 @@ fn tokens_of(model: &str, max_tokens: Option<u32>) -> Option<u64> {
         .split(',')
         .any(|word| word.trim().starts_with("tokens="))
         .then_some(())?;
-    let tokens = Behaviour::default().for_model(model).ok()?.tokens;
+    let tokens = Behaviour::default().for_model(model).ok()?.tokens_fixed()?;
     Some(tokens.min(max_tokens.unwrap_or(u32::MAX)).into())
 }

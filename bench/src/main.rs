@@ -1,7 +1,8 @@
 //! `gateway-bench`: the simulated fleet and the load generator on the command line.
 
 mod args;
-mod compare;
+mod stands;
+mod watch;
 
 use std::process::ExitCode;
 

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Unit of the CPU times in `/proc/PID/stat`: `USER_HZ`, 100 on every architecture that this program serves.
 const TICKS_PER_S: f64 = 100.0;
@@ -59,6 +59,31 @@ impl Snapshot {
     }
 }
 
+/// Process `pid` and all that came from it.
+pub fn family(pid: u32) -> Vec<u32> {
+    let mut children: Vec<(u32, u32)> = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(child) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        if let Ok(status) = fs::read_to_string(entry.path().join("status")) {
+            children.push((status_number(&status, "PPid:") as u32, child));
+        }
+    }
+    let mut family = vec![pid];
+    let mut at = 0;
+    while let Some(parent) = family.get(at).copied() {
+        family.extend(
+            children
+                .iter()
+                .filter(|(of, _)| *of == parent)
+                .map(|(_, child)| *child),
+        );
+        at += 1;
+    }
+    family
+}
+
 fn status_number(status: &str, key: &str) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix(key));
     line.and_then(|rest| rest.split_whitespace().next())
@@ -67,7 +92,7 @@ fn status_number(status: &str, key: &str) -> u64 {
 }
 
 /// What a process cost between two moments.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Cost {
     pub pid: u32,
     /// CPU time in seconds: the scheduler's account where there is one, else the sum of the next two.

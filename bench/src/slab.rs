@@ -42,11 +42,6 @@ impl<T> Slab<T> {
         self.free.push(index);
         Some(value)
     }
-
-    /// All values, in the order of their indices.
-    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
-        self.entries.iter_mut().flatten()
-    }
 }
 
 #[cfg(test)]
@@ -60,7 +55,6 @@ mod tests {
         assert_eq!(slab.remove(0), Some('a'));
         assert_eq!(slab.remove(0), None);
         assert_eq!((slab.vacant(), slab.insert('c')), (0, 0));
-        assert_eq!(slab.iter_mut().map(|value| *value).collect::<String>(), "cb");
         assert_eq!(slab.get_mut(0), Some(&mut 'c'));
     }
 }

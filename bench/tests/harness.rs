@@ -413,3 +413,259 @@ fn sources_are_used_in_turn() {
     });
     assert!(report.is_sound(), "{report}");
 }
+
+const GEMINI: &str = "/v1beta/models/{model}:streamGenerateContent";
+
+/// One part with its own path, as a mix has it.
+fn part(path: &str, model: &str, words: &str, stream: bool) -> load::Part {
+    load::Part {
+        path: Some(path.replace("{model}", model)),
+        model: model.to_owned(),
+        stream,
+        expect_tokens: Behaviour::default()
+            .with_words(words)
+            .unwrap()
+            .tokens_fixed()
+            .map(u64::from),
+        ..load::Part::default()
+    }
+}
+
+#[test]
+fn every_dialect_is_whole_with_thinking_and_tools() {
+    let server = server();
+    let cases = [
+        ("/v1/messages", true),
+        ("/v1/messages", false),
+        ("/v1beta/models/{model}:generateContent", false),
+        (GEMINI, true),
+        (&format!("{GEMINI}?alt=sse"), true),
+    ];
+    for (path, stream) in cases {
+        for words in [
+            "",
+            "reasoning=3",
+            "tools=2",
+            "split=1",
+            "crlf,comment=2",
+            "unframed",
+            "cached=2",
+            "stamp",
+        ] {
+            let words = format!("tokens=5,pace=1ms,first=0,{words}");
+            server.set_model("m", &words).unwrap();
+            let report = run(&Options {
+                parts: vec![part(path, "m", &words, stream)],
+                ..options(&server, "m")
+            });
+            assert!(
+                report.is_sound() && report.ok == 4,
+                "{path} {words} {stream}\n{report}"
+            );
+            assert_eq!(
+                report.tokens,
+                if stream { 20 } else { report.tokens },
+                "{path} {words}"
+            );
+        }
+    }
+}
+
+#[test]
+fn each_dialect_shows_its_faults() {
+    let server = server();
+    for path in ["/v1/messages", GEMINI, "/v1/chat/completions"] {
+        for (words, expected) in [
+            ("die=fin,after=3", |failures: &Failures| failures.cut),
+            ("error=2", |failures: &Failures| failures.error_event),
+            ("badchunk,after=2", |failures: &Failures| failures.malformed),
+        ] as [(&str, fn(&Failures) -> u64); 3]
+        {
+            let words = format!("tokens=5,pace=1ms,first=0,{words}");
+            server.set_model("m", &words).unwrap();
+            let report = run(&Options {
+                parts: vec![part(path, "m", &words, true)],
+                ..options(&server, "m")
+            });
+            assert_eq!(
+                (expected(&report.failures), report.failures.total()),
+                (4, 4),
+                "{path} {words}\n{report}"
+            );
+        }
+    }
+}
+
+#[test]
+fn faults_come_at_their_rate() {
+    let server = server();
+    let report = run(&Options {
+        requests: Some(1000),
+        connections: 20,
+        ..options(&server, "sim:tokens=3,pace=0,first=0,fault=503@0.2,fault=rst@0.1")
+    });
+    let refused = report.status.get(&503).copied().unwrap_or(0);
+    assert!((140..260).contains(&refused), "{report}");
+    assert!((60..145).contains(&report.failures.cut), "{report}");
+    assert_eq!(report.failures.total(), report.failures.cut, "{report}");
+}
+
+#[test]
+fn a_provider_keeps_its_limits() {
+    let server = server();
+    let report = run(&Options {
+        requests: Some(20),
+        ..options(&server, "sim:tokens=1,pace=0,first=0,rpm=5")
+    });
+    assert_eq!((report.ok, report.status.get(&429)), (5, Some(&15)), "{report}");
+}
+
+#[test]
+fn a_cached_prefix_answers_sooner() {
+    let server = server();
+    let words = "tokens=1,pace=0,first=0,kv=10000,prefill=200ms";
+    server.set_model("m", words).unwrap();
+    let mut cold = part("/v1/chat/completions", "m", words, true);
+    (cold.prompt_bytes, cold.shared_bytes) = (4000, 4000);
+    let options = Options {
+        requests: Some(1),
+        connections: 1,
+        parts: vec![cold],
+        ..options(&server, "m")
+    };
+    // 1,000 tokens at 200 ms for each thousand; then none but the last block's.
+    let (first, second) = (run(&options), run(&options));
+    assert!(first.ttft.p50_us > 150_000, "{first}");
+    assert!(second.ttft.p50_us < first.ttft.p50_us, "{second}");
+}
+
+#[test]
+fn a_mix_keeps_weights_keys_and_statuses_apart() {
+    let server = server();
+    server.set_model("a", "tokens=2,pace=0,first=0").unwrap();
+    server.set_model("b", "status=401").unwrap();
+    let parts = vec![
+        load::Part {
+            name: "a".to_owned(),
+            weight: 3,
+            expect_status: Some(200),
+            ..part("/v1/chat/completions", "a", "tokens=2", true)
+        },
+        load::Part {
+            name: "b".to_owned(),
+            expect_status: Some(401),
+            key: Some("wrong".to_owned()),
+            ..part("/v1/chat/completions", "b", "", false)
+        },
+    ];
+    let mut options = Options {
+        requests: Some(400),
+        connections: 8,
+        threads: 2,
+        parts,
+        ..options(&server, "a")
+    };
+    let report = run(&options);
+    assert!(report.is_sound() && report.requests == 400, "{report}");
+    assert!((230..370).contains(&report.parts[0].ok), "{report}");
+    assert_eq!(report.parts[1].requests, report.status[&401], "{report}");
+    options.parts[1].expect_status = Some(200);
+    let report = run(&options);
+    assert_eq!(report.failures.status, report.status[&401], "{report}");
+}
+
+#[test]
+fn held_streams_stay_while_others_run() {
+    let server = server();
+    server.set_model("idle", "tokens=10,pace=1h,first=0").unwrap();
+    server
+        .set_model("busy", "tokens=5,pace=1ms,first=0,stamp")
+        .unwrap();
+    let held = load::Part {
+        hold: true,
+        connections: Some(50),
+        ..part("/v1/chat/completions", "idle", "tokens=10", true)
+    };
+    let report = run(&Options {
+        requests: None,
+        duration: Some(Duration::from_millis(300)),
+        connections: 4,
+        parts: vec![held, part("/v1/chat/completions", "busy", "tokens=5", true)],
+        ..options(&server, "idle")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(report.open_streams, 50, "{report}");
+    assert!(report.parts[1].ok > 0 && report.delay.count > 0, "{report}");
+    assert!(report.series.len() >= 2 && !report.curves.delay.is_empty());
+}
+
+#[test]
+fn a_trace_is_sent_as_it_was_recorded() {
+    let server = server();
+    server.set_model("m", "tokens=1000,pace=0,first=0").unwrap();
+    let rows: String = (0..10)
+        .map(|row| {
+            format!(
+                "{{\"at_ms\":{},\"prompt_tokens\":50,\"output_tokens\":{}}}\n",
+                row * 40,
+                row + 1
+            )
+        })
+        .collect();
+    let report = run(&Options {
+        requests: None,
+        duration: Some(Duration::from_secs(30)),
+        connections: 10,
+        trace: Some(load::Trace::parse(&rows).unwrap().at_speed(2.0)),
+        ..options(&server, "m")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.ok, report.tokens), (10, 55), "{report}");
+    assert!(server.last().body.len() > 200);
+}
+
+#[test]
+fn a_fleet_behind_tls_is_whole() {
+    let server = Server::start(upstream::Options {
+        tls: Some(upstream::Tls::self_signed().unwrap()),
+        ..upstream::Options::default()
+    })
+    .unwrap();
+    for (words, stream) in [
+        ("tokens=50,pace=0,first=0,size=2000", true),
+        ("tokens=9,first=0", false),
+    ] {
+        for keep_alive in [true, false] {
+            let report = run(&Options {
+                stream,
+                keep_alive,
+                requests: Some(20),
+                ..options(&server, &format!("sim:{words}"))
+            });
+            assert!(
+                report.is_sound() && report.ok == 20,
+                "{words} {keep_alive}\n{report}"
+            );
+        }
+    }
+}
+
+#[test]
+fn real_answers_are_checked_for_their_shape() {
+    let server = server();
+    // Tokens that are not the simulator's: what a token says is not looked at, an end that is missing is.
+    let shaped = |model: &str| {
+        run(&Options {
+            parts: vec![load::Part {
+                model: model.to_owned(),
+                check: load::Check::Shape,
+                expect_tokens: Some(99),
+                ..load::Part::default()
+            }],
+            ..options(&server, model)
+        })
+    };
+    let report = shaped("sim:tokens=5,pace=0,first=0");
+    assert!(report.is_sound() && report.tokens == 20, "{report}");
+    assert_eq!(shaped("sim:tokens=5,pace=0,first=0,done=off").failures.no_done, 4);
+}

@@ -1,22 +1,11 @@
 //! One client: a connection that sends a request, reads its answer and judges it.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 
-use super::check::{Api, Checker, Flaw, Needles};
+use super::check::{Api, Checker, Flaw};
 use super::link::Link;
+use super::part::{Check, Plan, Request};
 use crate::http::{Dechunker, Fields, HEAD_BYTES_MAX, HEADERS_MAX, head_end};
-
-/// What all clients of a run share.
-pub(super) struct Plan {
-    /// Head and body, the same every time.
-    pub request: Vec<u8>,
-    pub api: Api,
-    pub needles: Needles,
-    pub stream: bool,
-    pub expected_tokens: Option<u64>,
-    /// Bytes of one read of a slow reader.
-    pub slow_read_bytes: Option<usize>,
-}
 
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +30,17 @@ pub(super) enum Progress {
     Ended(Outcome),
     /// The connection ended while nothing was under way.
     Gone,
+}
+
+/// What a client is told to send.
+pub(super) struct Order {
+    pub request: Request,
+    /// When it is, or was, due.
+    pub due_ns: u64,
+    /// Leave after so many tokens.
+    pub leave_after: Option<u64>,
+    /// Tokens that the answer must have.
+    pub expected_tokens: Option<u64>,
 }
 
 enum Framing {
@@ -72,8 +72,14 @@ pub(super) struct Arrivals {
 pub(super) struct Client {
     pub link: Link,
     phase: Phase,
-    /// Bytes of the request written; the whole length where none is under way.
+    /// The part of the mix that this connection belongs to.
+    pub part: usize,
+    /// The request that is being written.
+    request: Option<Request>,
+    /// Bytes of it written.
     sent: usize,
+    /// Tokens that the answer must have.
+    expected_tokens: Option<u64>,
     /// A head cut by a read.
     head: Vec<u8>,
     checker: Checker,
@@ -93,11 +99,14 @@ pub(super) struct Client {
 }
 
 impl Client {
-    pub fn new(link: Link, api: Api) -> Self {
+    pub fn new(link: Link, api: Api, part: usize) -> Self {
         Self {
             link,
+            part,
             phase: Phase::Connecting,
+            request: None,
             sent: 0,
+            expected_tokens: None,
             head: Vec::new(),
             checker: Checker::new(api),
             started_ns: None,
@@ -115,25 +124,28 @@ impl Client {
         self.checker.tokens
     }
 
-    pub fn is_streaming(&self) -> bool {
-        matches!(self.phase, Phase::Body { status: 200, .. })
+    /// When the tokens of the last read were sent, by the simulator's stamps, in microseconds of `CLOCK_MONOTONIC`.
+    pub fn stamps(&mut self) -> &mut Vec<u64> {
+        &mut self.checker.stamps
     }
 
     /// Starts a request, at once where the connection stands.
-    pub fn start(&mut self, plan: &Plan, started_ns: u64, leave_after: Option<u64>) -> Progress {
-        self.started_ns = Some(started_ns);
-        self.leave_after = leave_after;
+    pub fn start(&mut self, check: Check, order: Order) -> Progress {
+        self.started_ns = Some(order.due_ns);
+        self.leave_after = order.leave_after;
+        self.expected_tokens = order.expected_tokens;
+        self.request = Some(order.request);
         self.sent = 0;
         self.reusable = true;
-        self.checker.reset();
+        self.checker.reset(check);
         if matches!(self.phase, Phase::Idle) {
             self.phase = Phase::Head;
         }
-        self.on_writable(plan)
+        self.on_writable()
     }
 
     /// Connects on, or writes on.
-    pub fn on_writable(&mut self, plan: &Plan) -> Progress {
+    pub fn on_writable(&mut self) -> Progress {
         if matches!(self.phase, Phase::Connecting) {
             match self.link.is_connected() {
                 Ok(false) => return Progress::Going,
@@ -142,8 +154,8 @@ impl Client {
                 Err(error) => return self.broken(Outcome::Connect, error),
             }
         }
-        while self.started_ns.is_some() && self.sent < plan.request.len() {
-            match self.link.write(&plan.request[self.sent..]) {
+        while let Some(request) = self.request.as_ref().filter(|request| self.sent < request.len()) {
+            match write_from(&mut self.link, request, self.sent) {
                 Ok(written) => self.sent += written,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Progress::Going,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -328,13 +340,27 @@ impl Client {
                 ..
             }
         );
-        self.reusable &= self.sent == plan.request.len();
+        // An answer that came before the whole request was taken leaves the rest of it in the way.
+        self.reusable &= self
+            .request
+            .take()
+            .is_none_or(|request| self.sent == request.len());
         self.phase = Phase::Idle;
         let flaw = match (status, plan.stream) {
-            (200, true) => self.checker.stream_flaw(plan.expected_tokens),
-            (200, false) => self.checker.plain_flaw(plan.expected_tokens),
+            (200, true) => self.checker.stream_flaw(self.expected_tokens),
+            (200, false) => self.checker.plain_flaw(self.expected_tokens),
             _ => None,
         };
         Progress::Ended(flaw.map_or(Outcome::Whole(status), Outcome::Flawed))
+    }
+}
+
+/// Writes what is left of `request` behind its first `sent` bytes.
+fn write_from(link: &mut Link, request: &Request, sent: usize) -> io::Result<usize> {
+    match request.head.get(sent..) {
+        Some(head) if !head.is_empty() => {
+            link.write_vectored(&[IoSlice::new(head), IoSlice::new(&request.tail)])
+        }
+        _ => link.write(&request.tail[sent - request.head.len()..]),
     }
 }

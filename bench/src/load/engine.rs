@@ -1,4 +1,4 @@
-//! The event loop of the load generator.
+//! The event loop of one thread of the load generator.
 
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
@@ -9,11 +9,14 @@ use mio::{Events, Interest, Poll, Token};
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
 
-use super::client::{Client, Outcome, Plan, Progress};
+use super::client::{Client, Order, Outcome, Progress};
 use super::link::{Link, Trust};
+use super::part::Plan;
+use super::start::Starter;
 use super::tally::Tally;
 use super::{Options, Url};
 use crate::slab::Slab;
+use crate::sys;
 use crate::wheel::{Fired, TICK_NS, Wheel};
 
 /// Events that one call of `epoll_wait` may return.
@@ -22,39 +25,52 @@ const EVENTS_MAX: usize = 1024;
 const READ_BYTES: usize = 64 * 1024;
 /// Reads that one connection may do before the others have their turn.
 const READS_A_TURN: usize = 16;
-/// Connections opened in one turn of the loop: a backlog must not overflow.
-const OPENS_A_TURN: usize = 64;
 /// How long nothing is started after a connection has failed.
 const CONNECT_REST_NS: u64 = 10_000_000;
 
 pub(super) struct Engine<'a> {
     options: &'a Options,
-    plan: Plan,
+    pub(super) plans: &'a [Plan],
     peer: SocketAddr,
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     poll: Poll,
     epoch: Instant,
     wheel: Wheel,
     clients: Slab<Client>,
-    /// Connections without a request, the warmest last.
-    free: Vec<usize>,
+    /// Connections without a request by part, the warmest last.
+    free: Vec<Vec<usize>>,
     /// Connections with input left when their turn ended.
     turns: Vec<usize>,
     input: Vec<u8>,
-    tally: Tally,
-    /// Requests started.
-    started: u64,
-    /// Requests under way.
-    active: usize,
+    fired: Vec<Fired>,
+    pub(super) tally: Tally,
+    /// What is to be started, and what is under way.
+    pub(super) starter: Starter,
     /// Nothing is started before this time.
-    rest_until_ns: u64,
-    /// The start that is due has been counted as late.
-    late: bool,
+    pub(super) rest_until_ns: u64,
     timeout_ns: u64,
+    /// When held streams stood and everything else began.
+    pub(super) base_ns: Option<u64>,
+}
+
+/// The edges of a run in nanoseconds since the engine's epoch.
+struct Edges {
+    /// The window opens.
+    open_ns: u64,
+    /// It closes.
+    close_ns: u64,
+    /// Nothing more is started; system calls are counted from `close_ns` to here.
+    end_ns: u64,
 }
 
 impl<'a> Engine<'a> {
-    pub fn new(options: &'a Options, plan: Plan, url: &Url) -> io::Result<Self> {
+    pub fn new(
+        options: &'a Options,
+        plans: &'a [Plan],
+        url: &Url,
+        tally: Tally,
+        seed: u64,
+    ) -> io::Result<Self> {
         let tls = if url.tls {
             let trust = options.trust.as_ref().unwrap_or(&Trust::Anything);
             let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
@@ -64,162 +80,108 @@ impl<'a> Engine<'a> {
         };
         Ok(Self {
             options,
-            plan,
+            plans,
             peer: url.resolve()?,
             tls,
             poll: Poll::new()?,
             epoch: Instant::now(),
             wheel: Wheel::new(),
             clients: Slab::default(),
-            free: Vec::new(),
+            free: plans.iter().map(|_| Vec::new()).collect(),
             turns: Vec::new(),
             input: vec![0; READ_BYTES],
-            tally: Tally::new(&options.pids).map_err(io::Error::other)?,
-            started: 0,
-            active: 0,
+            fired: Vec::new(),
+            tally,
+            starter: Starter::new(options, plans, seed),
             rest_until_ns: 0,
-            late: false,
             timeout_ns: nanoseconds(options.timeout),
+            base_ns: None,
         })
     }
 
-    pub fn run(mut self) -> io::Result<super::Report> {
-        let mut end_ns = self.first_end_ns();
-        let mut holding = false;
+    pub fn run(mut self) -> io::Result<Tally> {
         let mut events = Events::with_capacity(EVENTS_MAX);
         loop {
             let now_ns = self.now_ns();
-            if !self.options.idle && now_ns >= nanoseconds(self.options.warm_up) {
+            if self.base_ns.is_none() && (self.starter.all_held() || now_ns >= self.timeout_ns) {
+                self.base_ns = Some(now_ns);
+            }
+            let edges = self.edges();
+            self.tally.tick(now_ns, self.starter.active);
+            if self.base_ns.is_some() && now_ns >= edges.open_ns {
                 self.tally.open_window(now_ns);
             }
-            if self.options.idle && !holding && self.all_stream() {
-                // What the streams cost from here on is what idle streams cost.
-                holding = true;
-                self.tally.open_window(now_ns);
-                end_ns = now_ns + nanoseconds(self.options.duration.unwrap_or(Duration::from_secs(1)));
-            }
-            let over = now_ns >= end_ns;
-            if over {
-                self.tally.report.open_streams = if self.options.idle { self.open_streams() } else { 0 };
+            if now_ns >= edges.close_ns {
+                self.tally.report.open_streams = self.starter.held_streaming as u64;
                 self.tally.close_window(now_ns);
             }
-            if (over && self.options.idle) || (self.active == 0 && (over || !self.may_start())) {
+            let over = now_ns >= edges.end_ns;
+            if over {
+                self.tally.close_slice(now_ns);
+            }
+            let more =
+                !over && (self.base_ns.is_none() || self.starter.may_start() || self.starter.only_holds());
+            if !more && self.starter.active == self.starter.held {
                 break;
             }
             let starts_in_ns = if over { None } else { self.start_due(now_ns) };
-            self.wait(&mut events, starts_in_ns, if over { None } else { Some(end_ns) })?;
+            let next_edge = [edges.open_ns, edges.close_ns, edges.end_ns]
+                .into_iter()
+                .find(|edge| *edge > now_ns);
+            self.wait(&mut events, starts_in_ns, next_edge)?;
             self.serve(&events);
         }
         let now_ns = self.now_ns();
-        Ok(self.tally.into_report(now_ns))
+        self.tally.finish(now_ns);
+        Ok(self.tally)
     }
 
-    fn now_ns(&self) -> u64 {
+    pub(super) fn now_ns(&self) -> u64 {
         self.epoch.elapsed().as_nanos() as u64
     }
 
-    /// When nothing more is started. Streams to be held have the time of one request to come about.
-    fn first_end_ns(&self) -> u64 {
-        match (self.options.idle, self.options.duration, self.options.requests) {
-            (true, ..) => self.timeout_ns,
-            (false, Some(duration), _) => nanoseconds(duration),
-            (false, None, Some(_)) => u64::MAX,
-            (false, None, None) => nanoseconds(self.options.warm_up + Duration::from_secs(1)),
-        }
-    }
-
-    fn may_start(&self) -> bool {
-        let most = if self.options.idle {
-            Some(self.options.connections as u64)
-        } else {
-            self.options.requests
+    fn edges(&self) -> Edges {
+        let Some(base_ns) = self.base_ns else {
+            return Edges {
+                open_ns: u64::MAX,
+                close_ns: u64::MAX,
+                end_ns: u64::MAX,
+            };
         };
-        most.is_none_or(|most| self.started < most)
-    }
-
-    fn open_streams(&mut self) -> u64 {
-        self.clients
-            .iter_mut()
-            .filter(|client| client.is_streaming() && client.tokens() > 0)
-            .count() as u64
-    }
-
-    /// Whether all streams that are to be held have had a token. Cheap until all are started.
-    fn all_stream(&mut self) -> bool {
-        !self.may_start() && self.open_streams() == self.active as u64
-    }
-
-    /// Starts what is due; returns how long until more may be, if that is known.
-    fn start_due(&mut self, now_ns: u64) -> Option<u64> {
-        match self.options.rate {
-            Some(rate) => self.start_open_loop(now_ns, rate),
-            None => self.start_closed_loop(now_ns),
-        }
-    }
-
-    fn start_closed_loop(&mut self, now_ns: u64) -> Option<u64> {
-        let (all, ramp_ns) = (self.options.connections, nanoseconds(self.options.ramp));
-        let allowed = if now_ns >= ramp_ns {
-            all
-        } else {
-            1 + (all as u64 * now_ns / ramp_ns) as usize
+        let warm_up = self.options.warm_up;
+        let open_ns = base_ns + nanoseconds(warm_up);
+        let close_ns = match (self.options.duration, self.options.requests) {
+            (Some(duration), _) => base_ns.saturating_add(nanoseconds(duration)),
+            (None, Some(_)) => u64::MAX,
+            (None, None) => base_ns + nanoseconds(warm_up + Duration::from_secs(1)),
         };
-        for _ in 0..OPENS_A_TURN {
-            if self.rest_until_ns > now_ns {
-                // Who connects as fast as it is refused measures nothing. In the open loop the rate sees to that.
-                return Some(self.rest_until_ns - now_ns);
-            }
-            if self.active >= allowed || !self.may_start() {
-                return (allowed < all).then_some(TICK_NS);
-            }
-            self.launch(now_ns);
+        Edges {
+            open_ns,
+            close_ns,
+            end_ns: close_ns.saturating_add(nanoseconds(self.options.count_system_calls.unwrap_or_default())),
         }
-        Some(0)
     }
 
-    fn start_open_loop(&mut self, now_ns: u64, rate: f64) -> Option<u64> {
-        for _ in 0..OPENS_A_TURN {
-            if !self.may_start() {
-                return None;
-            }
-            let due_ns = (self.started as f64 * 1e9 / rate) as u64;
-            if due_ns > now_ns {
-                return Some(due_ns - now_ns);
-            }
-            if self.active >= self.options.connections {
-                // It starts when a connection gets free, and its latency counts from when it was due.
-                self.tally.report.late_starts += u64::from(!self.late);
-                self.late = true;
-                return None;
-            }
-            self.late = false;
-            self.launch(due_ns);
-        }
-        Some(0)
-    }
-
-    /// Starts a request on a free connection or a new one.
-    fn launch(&mut self, due_ns: u64) {
-        let index = match self.free.pop() {
+    /// Starts a request of `part` on a free connection or a new one.
+    pub(super) fn launch(&mut self, part: usize, order: Order) {
+        let due_ns = order.due_ns;
+        let index = match self.free[part].pop() {
             Some(index) => index,
-            None => match self.open() {
+            None => match self.open(part) {
                 Ok(index) => index,
                 Err(error) => {
                     self.tally
                         .report
                         .first_error
                         .get_or_insert_with(|| error.to_string());
-                    self.started += 1;
                     let now_ns = self.now_ns();
                     self.rest_until_ns = now_ns + CONNECT_REST_NS;
-                    self.tally.ended(Outcome::Connect, now_ns, due_ns);
+                    self.starter.ended(part, false);
+                    self.tally.ended(part, Outcome::Connect, None, now_ns, due_ns);
                     return;
                 }
             },
         };
-        let leave_after = self.leave_after();
-        self.started += 1;
-        self.active += 1;
         let now_ns = self.now_ns();
         let Some(client) = self.clients.get_mut(index) else {
             return;
@@ -227,21 +189,16 @@ impl<'a> Engine<'a> {
         if client.deadline_timer == 0 {
             client.deadline_timer = self.wheel.arm(now_ns + self.timeout_ns, index);
         }
-        let progress = client.start(&self.plan, due_ns, leave_after);
+        let progress = client.start(self.plans[part].part.check, order);
         self.settle(index, progress);
     }
 
-    /// Whether the next request is to be left, spread evenly: 61 and 100 have no common factor.
-    fn leave_after(&self) -> Option<u64> {
-        let hang_up = self.options.hang_up?;
-        (self.started * 61 % 100 < u64::from(hang_up.share_percent)).then_some(hang_up.after_tokens)
-    }
-
-    fn open(&mut self) -> io::Result<usize> {
+    fn open(&mut self, part: usize) -> io::Result<usize> {
         let opened = self.tally.report.connections_opened;
         let source = self.options.sources.map(|sources| sources.address(opened));
         let tls = self.tls.as_ref().map(|(config, name)| (config, name));
-        let mut link = Link::open(self.peer, source, self.options.slow_reader.is_some(), tls)?;
+        let plan = &self.plans[part];
+        let mut link = Link::open(self.peer, source, plan.slow_read_bytes.is_some(), tls)?;
         let index = self.clients.vacant();
         self.poll.registry().register(
             link.socket(),
@@ -249,24 +206,30 @@ impl<'a> Engine<'a> {
             Interest::READABLE | Interest::WRITABLE,
         )?;
         self.tally.report.connections_opened += 1;
-        Ok(self.clients.insert(Client::new(link, self.plan.api)))
+        Ok(self.clients.insert(Client::new(link, plan.api, part)))
     }
 
     fn wait(
         &mut self,
         events: &mut Events,
         starts_in_ns: Option<u64>,
-        end_ns: Option<u64>,
+        edge_ns: Option<u64>,
     ) -> io::Result<()> {
         let now_ns = self.now_ns();
-        let ends_in_ns = end_ns.map(|end_ns| end_ns.saturating_sub(now_ns));
-        let waits = [self.wheel.next_in_ns(now_ns), starts_in_ns, ends_in_ns];
+        let edge_in_ns = edge_ns.map(|edge_ns| edge_ns.saturating_sub(now_ns));
+        let tick_in_ns = Some(self.tally.next_tick_in_ns(now_ns));
+        let waits = [
+            self.wheel.next_in_ns(now_ns),
+            starts_in_ns,
+            edge_in_ns,
+            tick_in_ns,
+        ];
         let mut wait = waits.into_iter().flatten().min().map(Duration::from_nanos);
         if !self.turns.is_empty() {
             wait = Some(Duration::ZERO);
         }
         // `epoll_wait` counts in milliseconds: a start that is due sooner is waited for awake, but politely.
-        if self.options.rate.is_some() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < TICK_NS) {
+        if self.starter.is_open_loop() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < TICK_NS) {
             wait = Some(Duration::ZERO);
             std::thread::yield_now();
         }
@@ -289,7 +252,7 @@ impl<'a> Engine<'a> {
                 let Some(client) = self.clients.get_mut(index) else {
                     continue;
                 };
-                let progress = client.on_writable(&self.plan);
+                let progress = client.on_writable();
                 self.settle(index, progress);
             }
             let closing = event.is_read_closed() || event.is_error();
@@ -297,11 +260,12 @@ impl<'a> Engine<'a> {
                 self.read(index, closing);
             }
         }
-        let mut fired = Vec::new();
+        let mut fired = std::mem::take(&mut self.fired);
         self.wheel.expire(self.now_ns(), &mut fired);
-        for timer in fired {
+        for timer in fired.drain(..) {
             self.on_timer(timer);
         }
+        self.fired = fired;
     }
 
     /// Reads what a connection has. At a `closing` edge it reads up to the end, for no other edge will come.
@@ -314,23 +278,28 @@ impl<'a> Engine<'a> {
             if client.pause_timer != 0 {
                 return;
             }
-            let started_ns = client.started_ns;
-            let (progress, more, arrivals) = client.read(&self.plan, &mut self.input);
-            if self.plan.stream {
-                self.tally.arrived(
-                    &arrivals,
-                    now_ns,
-                    started_ns.unwrap_or(now_ns),
-                    client.last_token_ns,
-                );
+            let part = client.part;
+            let plan = &self.plans[part];
+            let started_ns = client.started_ns.unwrap_or(now_ns);
+            let (progress, more, arrivals) = client.read(plan, &mut self.input);
+            if plan.stream {
+                self.tally
+                    .arrived(part, &arrivals, now_ns, started_ns, client.last_token_ns);
                 if arrivals.after > arrivals.before {
                     client.last_token_ns = now_ns;
+                    self.starter.held_streaming += usize::from(plan.part.hold && arrivals.before == 0);
+                }
+                if !client.stamps().is_empty() {
+                    let now_us = sys::monotonic_us();
+                    for sent_us in client.stamps().drain(..) {
+                        self.tally.delayed(part, now_us, sent_us);
+                    }
                 }
             } else {
                 self.tally.report.bytes += arrivals.bytes;
                 self.tally.report.tokens += arrivals.after.saturating_sub(arrivals.before);
             }
-            if let (Some(rate), true) = (self.options.slow_reader, arrivals.bytes > 0) {
+            if let (Some(rate), true) = (plan.part.slow_reader, arrivals.bytes > 0) {
                 let pause_ns = arrivals.bytes.saturating_mul(1_000_000_000) / rate.max(1);
                 client.pause_timer = self.wheel.arm(now_ns + pause_ns, index);
             }
@@ -360,6 +329,9 @@ impl<'a> Engine<'a> {
         let Some(started_ns) = client.started_ns else {
             return;
         };
+        if self.plans[client.part].part.hold && client.tokens() > 0 {
+            return;
+        }
         let deadline_ns = started_ns + self.timeout_ns;
         if deadline_ns > now_ns {
             client.deadline_timer = self.wheel.arm(deadline_ns, timer.owner);
@@ -375,25 +347,30 @@ impl<'a> Engine<'a> {
         match progress {
             Progress::Going => {}
             Progress::Gone => {
-                self.free.retain(|free| *free != index);
+                if let Some(client) = self.clients.get_mut(index) {
+                    let part = client.part;
+                    self.free[part].retain(|free| *free != index);
+                }
                 self.close(index);
             }
             Progress::Ended(outcome) => {
                 let Some(client) = self.clients.get_mut(index) else {
                     return;
                 };
+                let part = client.part;
                 let started_ns = client.started_ns.take().unwrap_or(now_ns);
                 let reusable = client.reusable && self.options.keep_alive;
                 if let (Some(error), None) = (client.error.take(), &self.tally.report.first_error) {
                     self.tally.report.first_error = Some(error.to_string());
                 }
-                self.active -= 1;
-                self.tally.ended(outcome, now_ns, started_ns);
+                self.starter.ended(part, client.tokens() > 0);
+                let expected = self.plans[part].part.expect_status;
+                self.tally.ended(part, outcome, expected, now_ns, started_ns);
                 if outcome == Outcome::Connect {
                     self.rest_until_ns = now_ns + CONNECT_REST_NS;
                 }
                 if reusable {
-                    self.free.push(index);
+                    self.free[part].push(index);
                 } else {
                     self.close(index);
                 }
@@ -409,6 +386,6 @@ impl<'a> Engine<'a> {
     }
 }
 
-fn nanoseconds(time: Duration) -> u64 {
+pub(super) fn nanoseconds(time: Duration) -> u64 {
     u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,28 +1,35 @@
 //! A load generator that believes nothing: it checks every token of every answer while it measures.
 //!
-//! One thread drives all connections over `epoll`. In the closed loop each connection sends its next request when its
-//! last has ended. In the open loop requests are due at a fixed rate, and latencies count from the time a request was
-//! due, so that a stalled server cannot hide its stall (no "coordinated omission").
+//! Each thread drives its connections over `epoll`. In the closed loop each connection sends its next request when its
+//! last has ended. In the open loop requests are due at a rate or as a trace says, and latencies count from the time a
+//! request was due, so that a stalled server cannot hide its stall (no "coordinated omission").
 
 mod check;
 mod client;
 mod engine;
 mod link;
+mod part;
 mod report;
+mod schedule;
+mod start;
 mod tally;
+mod text;
+mod trace;
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use link::{Sources, Trust};
-pub use report::{Failures, Latency, Report};
+pub use part::{Check, Part};
+pub use report::{Curves, Failures, Latency, PartReport, Point, Report};
+pub use schedule::{Arrivals, Stage};
+pub use tally::Progress;
+pub use trace::{Row, Trace};
 
-use check::{Api, Needles};
-use client::Plan;
-
-/// Reads a slow reader does per second, as long as each is a byte or more.
-const SLOW_READS_PER_S: u64 = 50;
+use part::Plan;
+use tally::Tally;
 
 /// Streams that are left on purpose.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,8 +45,14 @@ pub struct HangUp {
 pub struct Options {
     /// `http://HOST[:PORT]/PATH` or `https://…`. The path's end tells the API.
     pub url: String,
-    /// Sent as a bearer token.
+    /// Sent as the API wants it: as a bearer token, in `x-api-key` or in `x-goog-api-key`.
     pub key: Option<String>,
+    /// Several of them, in turn, instead of `key`.
+    pub keys: Vec<String>,
+    /// Further fields of every request's head.
+    pub headers: Vec<(String, String)>,
+    /// What is sent, by weight. Where it is empty the fields from `model` to `slow_reader` say it.
+    pub parts: Vec<Part>,
     pub model: String,
     pub stream: bool,
     /// Connections at most; in the closed loop also requests at once.
@@ -48,6 +61,12 @@ pub struct Options {
     pub keep_alive: bool,
     /// Open loop: requests per second.
     pub rate: Option<f64>,
+    /// Open loop: a rate that changes, instead of `rate`.
+    pub stages: Vec<Stage>,
+    /// Open loop: how requests are spread over time.
+    pub arrivals: Arrivals,
+    /// Open loop: as recorded, instead of `rate`.
+    pub trace: Option<Trace>,
     /// Stop after so many requests.
     pub requests: Option<u64>,
     /// Stop to start requests after this time, warm-up included. One second where neither this nor `requests` is set.
@@ -69,8 +88,16 @@ pub struct Options {
     pub sources: Option<Sources>,
     /// For `https`; [`Trust::Anything`] where it is not set.
     pub trust: Option<Trust>,
-    /// Processes whose cost is measured.
+    /// Processes whose cost is measured; their costs are added up.
     pub pids: Vec<u32>,
+    /// For so long after the window, with the load still on, the processes' system calls are counted.
+    pub count_system_calls: Option<Duration>,
+    /// Threads that share connections, rate and number of requests. At least 1.
+    pub threads: usize,
+    /// Where random choices start, so that a run can be had again.
+    pub seed: u64,
+    /// Told how it goes, some times a second.
+    pub progress: Option<Arc<Progress>>,
     /// Open one stream per connection, wait until each has had a token, and read the processes' memory `duration`
     /// after that.
     pub idle: bool,
@@ -81,11 +108,17 @@ impl Default for Options {
         Self {
             url: String::new(),
             key: None,
+            keys: Vec::new(),
+            headers: Vec::new(),
+            parts: Vec::new(),
             model: "sim".to_owned(),
             stream: true,
             connections: 1,
             keep_alive: true,
             rate: None,
+            stages: Vec::new(),
+            arrivals: Arrivals::Even,
+            trace: None,
             requests: None,
             duration: None,
             warm_up: Duration::ZERO,
@@ -100,8 +133,52 @@ impl Default for Options {
             sources: None,
             trust: None,
             pids: Vec::new(),
+            count_system_calls: None,
+            threads: 1,
+            seed: 1,
+            progress: None,
             idle: false,
         }
+    }
+}
+
+impl Options {
+    /// The parts of the mix: those given, or the one that the other fields describe.
+    fn mix(&self) -> Vec<Part> {
+        if !self.parts.is_empty() {
+            return self.parts.clone();
+        }
+        vec![Part {
+            hold: self.idle,
+            model: self.model.clone(),
+            stream: self.stream,
+            prompt_bytes: self.prompt_bytes,
+            max_tokens: self.max_tokens,
+            include_usage: self.include_usage,
+            expect_tokens: self.expect_tokens,
+            hang_up: self.hang_up,
+            slow_reader: self.slow_reader,
+            ..Part::default()
+        }]
+    }
+
+    /// What thread `index` does of it. The first threads take what cannot be shared out evenly.
+    fn share(&self, index: usize) -> Self {
+        let threads = self.threads.max(1);
+        let part_of = |all: u64| all / threads as u64 + u64::from(all % threads as u64 > index as u64);
+        let mut share = self.clone();
+        share.connections = (part_of(self.connections as u64) as usize).max(1);
+        share.requests = self.requests.map(part_of);
+        share.rate = self.rate.map(|rate| rate / threads as f64);
+        for stage in &mut share.stages {
+            stage.from /= threads as f64;
+            stage.to /= threads as f64;
+        }
+        share.parts = self.mix();
+        for part in &mut share.parts {
+            part.connections = part.connections.map(|own| part_of(own as u64) as usize);
+        }
+        share
     }
 }
 
@@ -113,24 +190,63 @@ impl Default for Options {
 pub fn run(options: &Options) -> io::Result<Report> {
     let url = Url::parse(&options.url)
         .ok_or_else(|| invalid(&format!("`{}` is not an http(s) URL", options.url)))?;
-    if options.rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
+    validate(options)?;
+    let threads = options.threads.max(1);
+    let shares: Vec<Options> = (0..threads).map(|index| options.share(index)).collect();
+    let mut tallies = Vec::new();
+    std::thread::scope(|scope| {
+        let url = &url;
+        let others: Vec<_> = (1..threads)
+            .map(|index| (index, &shares[index]))
+            .map(|(index, share)| scope.spawn(move || run_thread(share, url, index)))
+            .collect();
+        tallies.push(run_thread(&shares[0], url, 0));
+        for other in others {
+            tallies.push(
+                other
+                    .join()
+                    .unwrap_or_else(|_| Err(io::Error::other("a load thread panicked"))),
+            );
+        }
+    });
+    let mut tallies = tallies.into_iter();
+    let mut whole = tallies.next().unwrap_or_else(|| Err(invalid("no thread")))?;
+    for tally in tallies {
+        whole.merge(tally?);
+    }
+    Ok(whole.into_report())
+}
+
+fn run_thread(share: &Options, url: &Url, index: usize) -> io::Result<Tally> {
+    let seed = share.seed.wrapping_add((index as u64) << 32);
+    let plans: io::Result<Vec<Plan>> = share
+        .parts
+        .iter()
+        .map(|part| Plan::new(part, url, share))
+        .collect();
+    let tally = Tally::new(share, index).map_err(io::Error::other)?;
+    engine::Engine::new(share, &plans?, url, tally, seed)?.run()
+}
+
+fn validate(options: &Options) -> io::Result<()> {
+    let is_rate = |rate: f64| rate.is_finite() && rate >= 0.0;
+    if options.rate.is_some_and(|rate| !is_rate(rate) || rate == 0.0) {
         return Err(invalid("the rate must be positive"));
+    }
+    if options
+        .stages
+        .iter()
+        .any(|stage| !is_rate(stage.from) || !is_rate(stage.to))
+    {
+        return Err(invalid("the rates of stages must not be negative"));
     }
     if options.connections == 0 {
         return Err(invalid("at least one connection is needed"));
     }
-    let api = Api::of(&url.path);
-    let plan = Plan {
-        request: request(options, &url, api),
-        api,
-        needles: Needles::new(api),
-        stream: options.stream && api != Api::Embeddings,
-        expected_tokens: options.expect_tokens,
-        slow_read_bytes: options
-            .slow_reader
-            .map(|rate| (rate / SLOW_READS_PER_S).max(1) as usize),
-    };
-    engine::Engine::new(options, plan, &url)?.run()
+    if options.trace.is_some() && options.threads > 1 {
+        return Err(invalid("a trace is sent by one thread"));
+    }
+    Ok(())
 }
 
 fn invalid(message: &str) -> io::Error {
@@ -181,64 +297,6 @@ impl Url {
     }
 }
 
-/// The bytes of every request.
-fn request(options: &Options, url: &Url, api: Api) -> Vec<u8> {
-    let body = request_body(options, api).to_string();
-    let host = if url.host.contains(':') {
-        format!("[{}]", url.host)
-    } else {
-        url.host.clone()
-    };
-    let key = options
-        .key
-        .as_ref()
-        .map(|key| format!("authorization: Bearer {key}\r\n"))
-        .unwrap_or_default();
-    let close = if options.keep_alive {
-        ""
-    } else {
-        "connection: close\r\n"
-    };
-    format!(
-        "POST {} HTTP/1.1\r\nhost: {host}:{}\r\nuser-agent: gateway-bench/{}\r\naccept: */*\r\n{key}{close}\
-         content-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
-        url.path,
-        url.port,
-        env!("CARGO_PKG_VERSION"),
-        body.len()
-    )
-    .into_bytes()
-}
-
-fn request_body(options: &Options, api: Api) -> serde_json::Value {
-    let prompt: String = "the quick brown fox jumps over the lazy dog "
-        .chars()
-        .cycle()
-        .take(options.prompt_bytes)
-        .collect();
-    let mut body = match api {
-        Api::Chat => serde_json::json!({ "messages": [{ "role": "user", "content": prompt }] }),
-        Api::Completions => serde_json::json!({ "prompt": prompt }),
-        Api::Embeddings | Api::Responses => serde_json::json!({ "input": prompt }),
-    };
-    body["model"] = options.model.as_str().into();
-    if let Some(tokens) = options.max_tokens {
-        let name = if api == Api::Responses {
-            "max_output_tokens"
-        } else {
-            "max_tokens"
-        };
-        body[name] = tokens.into();
-    }
-    if options.stream && api != Api::Embeddings {
-        body["stream"] = true.into();
-        if options.include_usage && api != Api::Responses {
-            body["stream_options"] = serde_json::json!({ "include_usage": true });
-        }
-    }
-    body
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -258,24 +316,5 @@ mod tests {
         for text in ["127.0.0.1:80", "ftp://x", "http://", "http://a:b/"] {
             assert!(Url::parse(text).is_none(), "{text}");
         }
-    }
-
-    #[test]
-    fn a_request_says_its_length() {
-        let options = Options {
-            prompt_bytes: 100,
-            max_tokens: Some(7),
-            key: Some("k".to_owned()),
-            ..Options::default()
-        };
-        let url = Url::parse("http://localhost:1/v1/chat/completions").unwrap();
-        let bytes = request(&options, &url, Api::Chat);
-        let end = crate::http::head_end(&bytes).unwrap();
-        let head = std::str::from_utf8(&bytes[..end]).unwrap();
-        assert!(head.contains(&format!("content-length: {}\r\n", bytes.len() - end)));
-        assert!(head.contains("authorization: Bearer k\r\n"));
-        let body: serde_json::Value = serde_json::from_slice(&bytes[end..]).unwrap();
-        assert_eq!(body["messages"][0]["content"].as_str().unwrap().len(), 100);
-        assert_eq!((&body["max_tokens"], &body["stream"]), (&7.into(), &true.into()));
     }
 }

@@ -1,15 +1,14 @@
-//! What a run found out, as numbers, JSON and a table.
+//! What a run found out, as numbers and JSON.
 
 use std::collections::BTreeMap;
-use std::fmt;
 
 use hdrhistogram::Histogram;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::process::Cost;
 
 /// Latencies in microseconds.
-#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Latency {
     pub count: u64,
     pub mean_us: f64,
@@ -37,8 +36,8 @@ impl Latency {
     }
 }
 
-/// Why requests failed. Statuses other than 200 are not failures; [`Report::status`] counts them.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+/// Why requests failed. Statuses are not failures unless a part says which it must have; [`Report::status`] counts them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failures {
     /// No connection came about.
     pub connect: u64,
@@ -50,12 +49,16 @@ pub struct Failures {
     pub timeout: u64,
     /// A token is missing, repeated or out of order, or the usage disagrees.
     pub mismatch: u64,
+    /// Events are not parted by an empty line, the last one lacks it, or an event's name is not its type.
+    pub border: u64,
     /// The body ended in order without a finish reason.
     pub no_finish: u64,
     /// The same without `[DONE]`.
     pub no_done: u64,
     /// An `error` object came inside a 200 answer.
     pub error_event: u64,
+    /// The status is not the one that this part of the mix must have.
+    pub status: u64,
 }
 
 impl Failures {
@@ -66,17 +69,20 @@ impl Failures {
             malformed,
             timeout,
             mismatch,
+            border,
             no_finish,
             no_done,
             error_event,
+            status,
         } = self;
-        connect + cut + malformed + timeout + mismatch + no_finish + no_done + error_event
+        connect + cut + malformed + timeout + mismatch + border + no_finish + no_done + error_event + status
     }
 }
 
 /// What a run found out. Rates and costs are of the measured window: after the warm-up, until the last request started
 /// was due to end or the time was up. Everything else also counts requests that ended after that.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Report {
     /// Length of the window in seconds.
     pub elapsed_s: f64,
@@ -113,147 +119,134 @@ pub struct Report {
     pub inter_token: Latency,
     /// Start to end.
     pub total: Latency,
+    /// Sent by the simulator (`stamp`) to read here, by one clock: less what it is without the target between, it is what
+    /// the target adds to each token.
+    pub delay: Latency,
     pub processes: Vec<Cost>,
+    /// System calls of the processes in the time after the window.
+    pub system_calls: u64,
+    pub system_calls_per_request: Option<f64>,
+    pub system_calls_per_event: Option<f64>,
+    /// Why they could not be counted.
+    pub system_calls_missing: Option<String>,
+    pub parts: Vec<PartReport>,
+    pub curves: Curves,
+    pub series: Vec<Point>,
+}
+
+/// What one part of a mix found out. Fields as in [`Report`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct PartReport {
+    pub name: String,
+    pub requests: u64,
+    pub ok: u64,
+    pub events: u64,
+    /// Failures of all sorts.
+    pub failures: u64,
+    pub ttft: Latency,
+    pub inter_token: Latency,
+    pub total: Latency,
+    pub delay: Latency,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub curves: Option<Curves>,
+}
+
+impl PartReport {
+    /// Adds another thread's counts.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.requests += other.requests;
+        self.ok += other.ok;
+        self.events += other.events;
+        self.failures += other.failures;
+    }
+}
+
+/// Latencies by quantile, dense towards 1: pairs of a quantile and microseconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Curves {
+    pub ttft: Vec<(f64, u64)>,
+    pub inter_token: Vec<(f64, u64)>,
+    pub total: Vec<(f64, u64)>,
+    pub delay: Vec<(f64, u64)>,
+}
+
+impl Curves {
+    pub(super) fn of(histogram: &Histogram<u64>) -> Vec<(f64, u64)> {
+        /// Steps to each tenfold of 1 / (1 − quantile).
+        const STEPS: u32 = 16;
+        let mut curve = Vec::new();
+        for step in 0.. {
+            let share_left = 10_f64.powf(-f64::from(step) / f64::from(STEPS));
+            // Beyond this a single sample decides.
+            if share_left * (histogram.len() as f64) < 1.0 {
+                break;
+            }
+            let quantile = 1.0 - share_left;
+            curve.push((quantile, histogram.value_at_quantile(quantile)));
+        }
+        curve
+    }
+}
+
+/// A run at one time.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Point {
+    /// End of the interval in seconds since the start.
+    pub at_s: f64,
+    pub requests_per_s: f64,
+    pub events_per_s: f64,
+    /// Requests under way.
+    pub active: u64,
+    pub failures: u64,
+    /// Time to first token, or total where nothing is streamed, of this interval.
+    pub first_p50_us: u64,
+    pub first_p99_us: u64,
+    pub delay_p50_us: u64,
+    pub delay_p99_us: u64,
+    /// CPU of the measured processes, in cores.
+    pub cores: f64,
+    pub resident_bytes: u64,
+}
+
+impl Point {
+    /// Adds another thread's. Of percentiles the worse is kept: the histograms are gone.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.requests_per_s += other.requests_per_s;
+        self.events_per_s += other.events_per_s;
+        self.active += other.active;
+        self.failures += other.failures;
+        self.first_p50_us = self.first_p50_us.max(other.first_p50_us);
+        self.first_p99_us = self.first_p99_us.max(other.first_p99_us);
+        self.delay_p50_us = self.delay_p50_us.max(other.delay_p50_us);
+        self.delay_p99_us = self.delay_p99_us.max(other.delay_p99_us);
+    }
 }
 
 impl Report {
+    /// Adds another thread's counts.
+    pub(super) fn add(&mut self, other: &Self) {
+        self.requests_in_window += other.requests_in_window;
+        self.events_in_window += other.events_in_window;
+        self.requests += other.requests;
+        self.ok += other.ok;
+        self.hung_up += other.hung_up;
+        for (status, count) in &other.status {
+            *self.status.entry(*status).or_default() += count;
+        }
+        self.failures.add(&other.failures);
+        if self.first_error.is_none() {
+            self.first_error.clone_from(&other.first_error);
+        }
+        self.tokens += other.tokens;
+        self.events += other.events;
+        self.bytes += other.bytes;
+        self.connections_opened += other.connections_opened;
+        self.open_streams += other.open_streams;
+        self.late_starts += other.late_starts;
+    }
+
     /// Whether every request ended as the simulator and the options meant it to. Statuses do not matter here.
     pub fn is_sound(&self) -> bool {
         self.failures.total() == 0
     }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let status: Vec<String> = self
-            .status
-            .iter()
-            .map(|(status, count)| format!("{status}: {count}"))
-            .collect();
-        writeln!(out, "window      {:.2} s", self.elapsed_s)?;
-        writeln!(
-            out,
-            "requests    {} ({:.1}/s), ok {}",
-            self.requests, self.requests_per_s, self.ok
-        )?;
-        writeln!(
-            out,
-            "events      {} ({:.1}/s), tokens {}",
-            self.events, self.events_per_s, self.tokens
-        )?;
-        writeln!(
-            out,
-            "status      {}",
-            if status.is_empty() {
-                "none".to_owned()
-            } else {
-                status.join(", ")
-            }
-        )?;
-        writeln!(
-            out,
-            "connections {} opened, {:.1} MB received",
-            self.connections_opened,
-            self.bytes as f64 / 1e6
-        )?;
-        if self.hung_up + self.late_starts > 0 {
-            writeln!(
-                out,
-                "on purpose  {} hung up; {} started late",
-                self.hung_up, self.late_starts
-            )?;
-        }
-        self.write_failures(out)?;
-        self.write_latencies(out)?;
-        self.processes.iter().try_for_each(|cost| write_cost(out, cost))
-    }
-}
-
-impl Report {
-    fn write_failures(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let failures = &self.failures;
-        let named = [
-            ("connect", failures.connect),
-            ("cut", failures.cut),
-            ("malformed", failures.malformed),
-            ("timeout", failures.timeout),
-            ("token mismatch", failures.mismatch),
-            ("no finish reason", failures.no_finish),
-            ("no [DONE]", failures.no_done),
-            ("error event", failures.error_event),
-        ];
-        let seen: Vec<String> = named
-            .iter()
-            .filter(|(_, count)| *count > 0)
-            .map(|(name, count)| format!("{name}: {count}"))
-            .collect();
-        writeln!(
-            out,
-            "failures    {}",
-            if seen.is_empty() {
-                "none".to_owned()
-            } else {
-                seen.join(", ")
-            }
-        )
-    }
-
-    fn write_latencies(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            out,
-            "{:<12}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}  (ms)",
-            "latency", "mean", "p50", "p90", "p99", "p99.9", "max"
-        )?;
-        for (name, latency) in [
-            ("ttft", &self.ttft),
-            ("inter-token", &self.inter_token),
-            ("total", &self.total),
-        ] {
-            if latency.count == 0 {
-                continue;
-            }
-            write!(out, "{name:<12}{:>10.3}", latency.mean_us / 1e3)?;
-            for micros in [
-                latency.p50_us,
-                latency.p90_us,
-                latency.p99_us,
-                latency.p999_us,
-                latency.max_us,
-            ] {
-                write!(out, "{:>10.3}", micros as f64 / 1e3)?;
-            }
-            writeln!(out)?;
-        }
-        Ok(())
-    }
-}
-
-fn write_cost(out: &mut fmt::Formatter<'_>, cost: &Cost) -> fmt::Result {
-    write!(
-        out,
-        "process {}  cpu {:.3} s (user {:.2}, system {:.2}), {:.1} % of a core",
-        cost.pid,
-        cost.cpu_s,
-        cost.user_s,
-        cost.system_s,
-        cost.cores * 100.0
-    )?;
-    if let Some(micros) = cost.cpu_us_per_request {
-        write!(out, ", {micros:.2} us/request")?;
-    }
-    if let Some(micros) = cost.cpu_us_per_event {
-        write!(out, ", {micros:.3} us/event")?;
-    }
-    writeln!(
-        out,
-        "\n    memory {:.1} -> {:.1} MiB, switches {} voluntary, {} involuntary",
-        cost.resident_before_bytes as f64 / 1_048_576.0,
-        cost.resident_after_bytes as f64 / 1_048_576.0,
-        cost.voluntary_switches,
-        cost.involuntary_switches
-    )?;
-    if let Some(bytes) = cost.bytes_per_open_stream {
-        writeln!(out, "    {bytes:.0} bytes per open stream")?;
-    }
-    Ok(())
 }

@@ -1,18 +1,20 @@
 //! The bytes of answers: heads, OpenAI's objects and stream events, one step at a time.
 
+mod dialects;
+mod responses;
 mod whole;
 
 use std::io::Write as _;
 
 use super::behaviour::{Behaviour, Death, Usage};
+use super::limits::Permit;
 use super::request::{Api, Call};
 use crate::http::put_chunk;
+use crate::random::{Random, seconds};
+use crate::sys::monotonic_us;
 
 use whole::error_object;
-pub use whole::{put_error, put_json};
-
-/// Bytes of text that the closing events of a Responses stream repeat.
-const REPEATED_TEXT_BYTES_MAX: usize = 1024 * 1024;
+pub use whole::{put_error, put_error_object, put_json};
 
 /// What a step of a stream came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,10 +42,18 @@ pub struct Answer {
     cut_by_limit: bool,
     with_usage: bool,
     opened: bool,
+    /// The bracket that begins an array has been sent.
+    in_array: bool,
     reasoned: u32,
     said: u32,
     /// Number of the next event of a Responses stream.
     event_number: u32,
+    /// Draws the paces between tokens.
+    random: Random,
+    /// Header lines about the provider's limits.
+    pub limit_fields: String,
+    /// Its place among the calls that the provider answers at once.
+    pub permit: Option<Permit>,
     /// JSON of a content event, before and behind its text.
     before: Vec<u8>,
     behind: Vec<u8>,
@@ -69,9 +79,13 @@ impl Answer {
             cut_by_limit: limit < behaviour.tokens,
             with_usage,
             opened: false,
+            in_array: false,
             reasoned: 0,
             said: 0,
             event_number: 0,
+            random: Random::new(id ^ 0xA115),
+            limit_fields: String::new(),
+            permit: None,
             before: Vec::new(),
             behind: Vec::new(),
             behaviour,
@@ -84,7 +98,7 @@ impl Answer {
 
     /// Appends the head of the answer.
     pub fn put_head(&self, out: &mut Vec<u8>, plain_body_bytes: usize) {
-        let own_type = if self.stream {
+        let own_type = if self.stream && self.api != Api::GeminiArray {
             "text/event-stream; charset=utf-8"
         } else {
             "application/json"
@@ -108,8 +122,8 @@ impl Answer {
         put(
             out,
             format_args!(
-                "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\n{cache}x-request-id: sim-{}\r\n{close}{framing}\r\n",
-                self.id
+                "HTTP/1.1 200 OK\r\ncontent-type: {content_type}\r\n{cache}x-request-id: sim-{}\r\n{}{close}{framing}\r\n",
+                self.id, self.limit_fields
             ),
         );
     }
@@ -137,8 +151,32 @@ impl Answer {
             return Step::Token { content: true };
         }
         self.put_tail(event, out);
-        self.put_last_chunk(out);
+        self.put_end(out);
         Step::End
+    }
+
+    /// Time to the next token in nanoseconds.
+    pub fn next_pace_ns(&mut self) -> u64 {
+        let pace = match &self.behaviour.spreads.pace {
+            Some(spread) => seconds(spread.sample(&mut self.random)),
+            None => self.behaviour.pace,
+        };
+        pace.as_nanos() as u64
+    }
+
+    /// Whether tokens are sent as fast as the socket takes them.
+    pub fn is_flood(&self) -> bool {
+        self.behaviour.pace.is_zero() && self.behaviour.spreads.pace.is_none()
+    }
+
+    fn cached_tokens(&self) -> u64 {
+        self.behaviour.cached_tokens.min(self.prompt_tokens)
+    }
+
+    /// The error object of this API.
+    pub fn error(&self, status: u16, message: &str) -> String {
+        dialects::error_of(self.api, status, message)
+            .unwrap_or_else(|| whole::error_of_status(status, message))
     }
 
     /// The fault that is due before the next token, if any.
@@ -146,9 +184,12 @@ impl Answer {
         let due = |after: Option<u32>| after.is_some_and(|count| count.min(self.tokens) == self.said);
         if due(self.behaviour.error_after) {
             let message = "simulated failure inside the stream";
-            let json = error_object(message, "server_error", "simulated_failure");
+            let json = match dialects::error_of(self.api, 503, message) {
+                Some(json) => json,
+                None => error_object(message, "server_error", "simulated_failure"),
+            };
             self.put_event(Some("error"), &json, event, out);
-            self.put_last_chunk(out);
+            self.put_end(out);
             return Some(Step::End);
         }
         if !due(self.behaviour.after.or(Some(0))) {
@@ -161,57 +202,12 @@ impl Answer {
         self.behaviour.death.map(Step::Broken)
     }
 
-    /// The body of a plain answer.
-    pub fn plain_body(&self) -> Vec<u8> {
-        let mut text = Vec::new();
-        (0..self.tokens).for_each(|index| self.put_text(index, &mut text));
-        let text = String::from_utf8_lossy(&text);
-        let usage = if self.with_usage {
-            format!(",\"usage\":{}", self.usage(self.tokens))
-        } else {
-            String::new()
-        };
-        let (id, created, model) = (self.id, self.created_s, &self.model);
-        let finish = self.finish_reason();
-        let body = match self.api {
-            Api::Chat => format!(
-                "{{\"id\":\"chatcmpl-sim{id}\",\"object\":\"chat.completion\",\"created\":{created},\"model\":{model},\
-                 \"choices\":[{{\"index\":0,\"message\":{{\"role\":\"assistant\",\"content\":\"{text}\",\
-                 \"refusal\":null}},\"logprobs\":null,\"finish_reason\":\"{finish}\"}}]{usage},\
-                 \"system_fingerprint\":\"fp_sim\"}}"
-            ),
-            Api::Completions => format!(
-                "{{\"id\":\"cmpl-sim{id}\",\"object\":\"text_completion\",\"created\":{created},\"model\":{model},\
-                 \"choices\":[{{\"text\":\"{text}\",\"index\":0,\"logprobs\":null,\
-                 \"finish_reason\":\"{finish}\"}}]{usage}}}"
-            ),
-            Api::Embeddings => self.embedding(),
-            Api::Responses => self.response_object(Some(&text), self.tokens),
-        };
-        body.into_bytes()
-    }
-
-    fn embedding(&self) -> String {
-        let numbers: Vec<String> = (0..self.behaviour.dimensions)
-            .map(|index| format!("{:.4}", f64::from(index % 97) / 97.0 - 0.5))
-            .collect();
-        let usage = match self.behaviour.usage {
-            Usage::Never => String::new(),
-            _ => format!(
-                ",\"usage\":{{\"prompt_tokens\":{0},\"total_tokens\":{0}}}",
-                self.prompt_tokens
-            ),
-        };
-        format!(
-            "{{\"object\":\"list\",\"data\":[{{\"object\":\"embedding\",\"index\":0,\"embedding\":[{}]}}],\
-             \"model\":{}{usage}}}",
-            numbers.join(","),
-            self.model
-        )
-    }
-
     fn finish_reason(&self) -> &'static str {
-        if self.cut_by_limit { "length" } else { "stop" }
+        match self.behaviour.tool_calls {
+            _ if self.cut_by_limit => "length",
+            0 => "stop",
+            _ => "tool_calls",
+        }
     }
 
     /// Appends token `index`: `t{index}`, dots up to the size that is wanted, and a space.
@@ -219,6 +215,11 @@ impl Answer {
         let start = out.len();
         out.push(b't');
         out.extend_from_slice(itoa::Buffer::new().format(index).as_bytes());
+        // What repeats the text at the end, or sends it whole, has no time to tell.
+        if self.behaviour.stamp && self.stream && self.said == index && self.said < self.tokens {
+            out.push(b'~');
+            out.extend_from_slice(itoa::Buffer::new().format(monotonic_us()).as_bytes());
+        }
         let size = match (index, self.behaviour.huge_bytes) {
             (0, huge @ 1..) => huge,
             _ => self.behaviour.token_bytes,
@@ -231,10 +232,7 @@ impl Answer {
     fn usage(&self, said: u32) -> String {
         let reasoning = u64::from(self.behaviour.reasoning_tokens);
         let completion = u64::from(said) + reasoning;
-        let (prompt, cached) = (
-            self.prompt_tokens,
-            self.behaviour.cached_tokens.min(self.prompt_tokens),
-        );
+        let (prompt, cached) = (self.prompt_tokens, self.cached_tokens());
         let total = prompt + completion;
         if self.api == Api::Responses {
             return format!(
@@ -247,37 +245,6 @@ impl Answer {
             "{{\"prompt_tokens\":{prompt},\"completion_tokens\":{completion},\"total_tokens\":{total},\
              \"prompt_tokens_details\":{{\"cached_tokens\":{cached}}},\
              \"completion_tokens_details\":{{\"reasoning_tokens\":{reasoning}}}}}"
-        )
-    }
-
-    /// The `response` object of the Responses API; without text it is one in progress.
-    fn response_object(&self, text: Option<&str>, said: u32) -> String {
-        let (status, details) = match (text.is_some(), self.cut_by_limit) {
-            (false, _) => ("in_progress", "null"),
-            (true, true) => ("incomplete", "{\"reason\":\"max_output_tokens\"}"),
-            (true, false) => ("completed", "null"),
-        };
-        let output = text
-            .map(|text| self.message_item(status, Some(text)))
-            .unwrap_or_default();
-        let usage = if text.is_some() && self.with_usage {
-            self.usage(said)
-        } else {
-            "null".to_owned()
-        };
-        format!(
-            "{{\"id\":\"resp_sim{}\",\"object\":\"response\",\"created_at\":{},\"status\":\"{status}\",\"error\":null,\
-             \"incomplete_details\":{details},\"model\":{},\"output\":[{output}],\"usage\":{usage}}}",
-            self.id, self.created_s, self.model
-        )
-    }
-
-    fn message_item(&self, status: &str, text: Option<&str>) -> String {
-        let content = text.map(output_text).unwrap_or_default();
-        format!(
-            "{{\"id\":\"msg_sim{}\",\"type\":\"message\",\"status\":\"{status}\",\"role\":\"assistant\",\
-             \"content\":[{content}]}}",
-            self.id
         )
     }
 
@@ -316,6 +283,14 @@ impl Answer {
                 ),
                 "\",\"logprobs\":[]}".to_owned(),
             ),
+            Api::Messages => (
+                format!(
+                    "{{\"type\":\"content_block_delta\",\"index\":{},\"delta\":{{\"type\":\"text_delta\",\"text\":\"",
+                    self.text_block()
+                ),
+                "\"}}".to_owned(),
+            ),
+            Api::Gemini | Api::GeminiArray => self.gemini_template(),
             Api::Chat | Api::Embeddings => (
                 format!("{open}{{\"index\":0,\"delta\":{{\"content\":\""),
                 format!("\"}},\"logprobs\":null,\"finish_reason\":null}}{close}"),
@@ -326,17 +301,20 @@ impl Answer {
 
     fn put_token(&mut self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
         let every = self.behaviour.comment_every;
-        if every > 0 && self.said.is_multiple_of(every) {
+        if every > 0 && self.said.is_multiple_of(every) && self.api != Api::GeminiArray {
             event.clear();
             event.extend_from_slice(b": keep-alive");
             self.put_raw_event(event, out);
         }
-        event.clear();
-        if self.api == Api::Responses {
-            event.extend_from_slice(b"event: response.output_text.delta");
-            self.put_line_end(event);
+        if self.api == Api::Messages && self.said == 0 {
+            self.put_messages_text_start(event, out);
         }
-        event.extend_from_slice(b"data: ");
+        let name = match self.api {
+            Api::Responses => Some("response.output_text.delta"),
+            Api::Messages => Some("content_block_delta"),
+            _ => None,
+        };
+        self.start_event(name, event);
         if self.api == Api::Responses {
             event.extend_from_slice(b"{\"type\":\"response.output_text.delta\",\"sequence_number\":");
             event.extend_from_slice(itoa::Buffer::new().format(self.event_number).as_bytes());
@@ -359,6 +337,17 @@ impl Answer {
                 self.id
             ),
             Api::Completions => return,
+            Api::Messages => {
+                let json = format!(
+                    "{{\"type\":\"content_block_delta\",\"index\":0,\"delta\":{{\"type\":\"thinking_delta\",\
+                     \"thinking\":\"r{index} \"}}}}"
+                );
+                return self.put_event(Some("content_block_delta"), &json, event, out);
+            }
+            Api::Gemini | Api::GeminiArray => {
+                let part = format!("{{\"text\":\"r{index} \",\"thought\":true}}");
+                self.gemini(&part, None, 0)
+            }
             Api::Chat | Api::Embeddings => format!(
                 "{open}{{\"index\":0,\"delta\":{{\"reasoning_content\":\"r{index} \"}},\
                  \"logprobs\":null,\"finish_reason\":null}}{close}"
@@ -371,7 +360,8 @@ impl Answer {
     fn put_opening(&mut self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
         let (open, close) = self.envelope();
         match self.api {
-            Api::Completions | Api::Embeddings => {}
+            Api::Completions | Api::Embeddings | Api::Gemini | Api::GeminiArray => {}
+            Api::Messages => self.put_messages_opening(event, out),
             Api::Chat => {
                 if self.behaviour.azure {
                     let json = "{\"id\":\"\",\"object\":\"\",\"created\":0,\"model\":\"\",\"choices\":[],\
@@ -392,7 +382,7 @@ impl Answer {
                 let item = self.message_item("in_progress", None);
                 let json = format!("\"output_index\":0,\"item\":{item}}}");
                 self.put_named("response.output_item.added", &json, event, out);
-                let json = format!("{},\"part\":{}}}", self.place(), output_text(""));
+                let json = format!("{},\"part\":{}}}", self.place(), responses::output_text(""));
                 self.put_named("response.content_part.added", &json, event, out);
             }
         }
@@ -400,8 +390,12 @@ impl Answer {
 
     /// The events behind the last token.
     fn put_tail(&mut self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
-        if self.api == Api::Responses {
-            return self.put_responses_tail(event, out);
+        match self.api {
+            Api::Responses => return self.put_responses_tail(event, out),
+            Api::Messages => return self.put_messages_tail(event, out),
+            Api::Gemini | Api::GeminiArray => return self.put_gemini_tail(event, out),
+            Api::Chat => self.put_tool_calls(event, out),
+            Api::Completions | Api::Embeddings => {}
         }
         let (open, close) = self.envelope();
         let (delta, finish) = match self.api {
@@ -420,75 +414,51 @@ impl Answer {
         }
     }
 
-    fn put_responses_tail(&mut self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
-        let mut text = Vec::new();
-        for index in 0..self.said {
-            self.put_text(index, &mut text);
-            if text.len() > REPEATED_TEXT_BYTES_MAX {
-                break;
-            }
-        }
-        let text = String::from_utf8_lossy(&text);
-        let json = format!("{},\"text\":\"{text}\",\"logprobs\":[]}}", self.place());
-        self.put_named("response.output_text.done", &json, event, out);
-        let json = format!("{},\"part\":{}}}", self.place(), output_text(&text));
-        self.put_named("response.content_part.done", &json, event, out);
-        let json = format!(
-            "\"output_index\":0,\"item\":{}}}",
-            self.message_item("completed", Some(&text))
-        );
-        self.put_named("response.output_item.done", &json, event, out);
-        let name = if self.cut_by_limit {
-            "response.incomplete"
-        } else {
-            "response.completed"
-        };
-        let json = format!("\"response\":{}}}", self.response_object(Some(&text), self.said));
-        self.put_named(name, &json, event, out);
+    fn put_event(&mut self, name: Option<&str>, json: &str, event: &mut Vec<u8>, out: &mut Vec<u8>) {
+        self.start_event(name, event);
+        event.extend_from_slice(json.as_bytes());
+        self.put_raw_event(event, out);
     }
 
-    /// Where in a response the text stands.
-    fn place(&self) -> String {
-        format!(
-            "\"item_id\":\"msg_sim{}\",\"output_index\":0,\"content_index\":0",
-            self.id
-        )
-    }
-
-    /// Appends an event of the Responses API, which repeats its name and is numbered. Elsewhere the name is left out.
-    fn put_named(&mut self, name: &str, rest: &str, event: &mut Vec<u8>, out: &mut Vec<u8>) {
-        if self.api != Api::Responses {
-            return self.put_event(None, rest, event, out);
-        }
-        let json = format!(
-            "{{\"type\":\"{name}\",\"sequence_number\":{},{rest}",
-            self.event_number
-        );
-        self.event_number += 1;
-        self.put_event(Some(name), &json, event, out);
-    }
-
-    fn put_event(&self, name: Option<&str>, json: &str, event: &mut Vec<u8>, out: &mut Vec<u8>) {
+    /// Puts what stands before an event's data into `event`. Only some APIs name their events.
+    fn start_event(&mut self, name: Option<&str>, event: &mut Vec<u8>) {
         event.clear();
-        if let Some(name) = name.filter(|_| self.api == Api::Responses) {
+        if self.api == Api::GeminiArray {
+            event.push(if self.in_array { b',' } else { b'[' });
+            self.in_array = true;
+            return;
+        }
+        if let Some(name) = name.filter(|_| matches!(self.api, Api::Responses | Api::Messages)) {
             event.extend_from_slice(b"event: ");
             event.extend_from_slice(name.as_bytes());
             self.put_line_end(event);
         }
         event.extend_from_slice(b"data: ");
-        event.extend_from_slice(json.as_bytes());
-        self.put_raw_event(event, out);
     }
 
     /// Ends the event in `event` and appends it to `out` in its framing.
     fn put_raw_event(&self, event: &mut Vec<u8>, out: &mut Vec<u8>) {
         self.put_line_end(event);
-        self.put_line_end(event);
-        if self.behaviour.unframed {
-            out.extend_from_slice(event);
-        } else {
-            put_chunk(out, event);
+        if self.api != Api::GeminiArray {
+            self.put_line_end(event);
         }
+        self.put_framed(event, out);
+    }
+
+    fn put_framed(&self, bytes: &[u8], out: &mut Vec<u8>) {
+        if self.behaviour.unframed {
+            out.extend_from_slice(bytes);
+        } else {
+            put_chunk(out, bytes);
+        }
+    }
+
+    /// Appends the end of the body.
+    fn put_end(&self, out: &mut Vec<u8>) {
+        if self.in_array {
+            self.put_framed(b"]", out);
+        }
+        self.put_last_chunk(out);
     }
 
     fn put_line_end(&self, event: &mut Vec<u8>) {
@@ -500,10 +470,6 @@ impl Answer {
             out.extend_from_slice(b"0\r\n\r\n");
         }
     }
-}
-
-fn output_text(text: &str) -> String {
-    format!("{{\"type\":\"output_text\",\"annotations\":[],\"logprobs\":[],\"text\":\"{text}\"}}")
 }
 
 fn put(out: &mut Vec<u8>, text: std::fmt::Arguments<'_>) {

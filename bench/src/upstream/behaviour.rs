@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::random::{Random, Spread, seconds};
+
 /// How an answer dies before its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Death {
@@ -36,7 +38,7 @@ pub enum Usage {
 }
 
 /// What a simulated upstream does with one request. [`Behaviour::apply`] documents the words.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Behaviour {
     pub tokens: u32,
     pub pace: Duration,
@@ -44,6 +46,8 @@ pub struct Behaviour {
     pub slow_head: Duration,
     pub token_bytes: usize,
     pub huge_bytes: usize,
+    /// Each token tells when it was sent.
+    pub stamp: bool,
     pub usage: Usage,
     pub cached_tokens: u64,
     pub reasoning_tokens: u32,
@@ -69,6 +73,52 @@ pub struct Behaviour {
     pub stale: Stale,
     pub content_type: Option<String>,
     pub dimensions: u32,
+    /// Tool calls behind the text (chat, Messages, Gemini).
+    pub tool_calls: u32,
+    /// What is drawn anew for each call instead of the fields above.
+    pub spreads: Spreads,
+    /// Faults and the share of calls, 0 to 1, that have each.
+    pub faults: Vec<(Fault, f64)>,
+    pub limits: ProviderLimits,
+    /// Blocks of 256 bytes of prompt that an endpoint's cache of prefixes holds; 0 for no cache.
+    pub cache_blocks: usize,
+    /// Time that 1,000 prompt tokens take that are not in the cache, on top of `first`.
+    pub prefill: Duration,
+}
+
+/// Figures that differ from call to call.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Spreads {
+    /// Seconds.
+    pub first: Option<Spread>,
+    /// Seconds; drawn for each token.
+    pub pace: Option<Spread>,
+    pub tokens: Option<Spread>,
+    /// Bytes.
+    pub size: Option<Spread>,
+}
+
+/// A fault that comes at random.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Fault {
+    Status(u16),
+    /// After a random number of tokens.
+    Death(Death),
+    /// An `error` object after a random number of tokens.
+    Error,
+    BadChunk,
+    Garbage,
+    /// The head comes so much later.
+    Slow(Duration),
+}
+
+/// What a provider allows one model on one endpoint; 0 for no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProviderLimits {
+    pub requests_per_minute: u32,
+    pub tokens_per_minute: u32,
+    /// Calls at once.
+    pub parallel: u32,
 }
 
 impl Default for Behaviour {
@@ -80,6 +130,7 @@ impl Default for Behaviour {
             slow_head: Duration::ZERO,
             token_bytes: 0,
             huge_bytes: 0,
+            stamp: false,
             usage: Usage::Asked,
             cached_tokens: 0,
             reasoning_tokens: 0,
@@ -101,6 +152,12 @@ impl Default for Behaviour {
             stale: Stale::No,
             content_type: None,
             dimensions: 8,
+            tool_calls: 0,
+            spreads: Spreads::default(),
+            faults: Vec::new(),
+            limits: ProviderLimits::default(),
+            cache_blocks: 0,
+            prefill: Duration::ZERO,
         }
     }
 }
@@ -109,6 +166,12 @@ impl Default for Behaviour {
 const TEXT_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// Largest `tokens` and `reasoning`.
 const TOKENS_MAX: u32 = 100_000_000;
+/// Most faults of one behaviour.
+const FAULTS_MAX: usize = 16;
+/// Most tool calls of one answer.
+const TOOL_CALLS_MAX: u32 = 64;
+/// Most blocks of a cache of prefixes: a gigabyte of prompts.
+const CACHE_BLOCKS_MAX: usize = 4 * 1024 * 1024;
 
 impl Behaviour {
     /// The behaviour that `model` asks for, with `self` for what it does not say. A name that is neither `sim` nor
@@ -116,9 +179,59 @@ impl Behaviour {
     pub fn for_model(&self, model: &str) -> Result<Self, String> {
         let mut behaviour = self.clone();
         if let Some(words) = model.strip_prefix("sim:") {
+            // A client must not make the simulator read files.
+            if words.contains("file:") {
+                return Err("`file:` is for the command line only".to_owned());
+            }
             behaviour.apply(words)?;
         }
         Ok(behaviour)
+    }
+
+    /// The same with `words` applied.
+    ///
+    /// # Errors
+    /// A text that names the word.
+    pub fn with_words(&self, words: &str) -> Result<Self, String> {
+        let mut behaviour = self.clone();
+        behaviour.apply(words)?;
+        Ok(behaviour)
+    }
+
+    /// The tokens of every answer, where all have as many.
+    pub fn tokens_fixed(&self) -> Option<u32> {
+        let fixed = self.spreads.tokens.is_none() && self.faults.is_empty() && self.error_after.is_none();
+        fixed.then_some(self.tokens)
+    }
+
+    /// Draws what differs from call to call.
+    pub fn draw(&mut self, random: &mut Random) {
+        if let Some(spread) = &self.spreads.first {
+            self.first = seconds(spread.sample(random));
+        }
+        if let Some(spread) = &self.spreads.tokens {
+            self.tokens = (spread.sample(random).round() as u32).clamp(1, TOKENS_MAX);
+        }
+        if let Some(spread) = &self.spreads.size {
+            self.token_bytes = (spread.sample(random) as usize).min(TEXT_BYTES_MAX);
+        }
+        let mut drawn = random.unit();
+        let fault = self.faults.iter().find(|(_, share)| {
+            let hit = drawn < *share;
+            drawn -= share;
+            hit
+        });
+        if let Some((fault, _)) = fault {
+            let after = random.below(u64::from(self.tokens)) as u32;
+            match *fault {
+                Fault::Status(status) => self.status = status,
+                Fault::Death(death) => (self.death, self.after) = (Some(death), Some(after)),
+                Fault::Error => self.error_after = Some(after),
+                Fault::BadChunk => (self.bad_chunk, self.after) = (true, Some(after)),
+                Fault::Garbage => self.garbage = true,
+                Fault::Slow(time) => self.slow_head += time,
+            }
+        }
     }
 
     /// Applies `key=value` words separated by commas; a key alone means `key=on`.
@@ -131,6 +244,7 @@ impl Behaviour {
     /// | `slowhead=TIME` | request to head | 0 |
     /// | `size=BYTES` | bytes of a token's text | as short as can be |
     /// | `huge=BYTES` | bytes of the first token's text | `size` |
+    /// | `stamp` | in streams, each token's text has the time at which it was sent (microseconds of `CLOCK_MONOTONIC`) | off |
     /// | `usage=on\|off\|always` | usage when asked, never, or always | on |
     /// | `cached=N` `reasoning=N` | usage details; reasoning tokens are also sent | 0 |
     /// | `split=BYTES` `gap=TIME` | writes of so many bytes, so far apart | whole events |
@@ -141,7 +255,14 @@ impl Behaviour {
     /// | `badchunk` `garbage` | a chunk size that is none, after `after` tokens; an answer that is not HTTP | off |
     /// | `close` `unframed` | `Connection: close`; body ends with the connection | off |
     /// | `stale=on\|now` | a kept connection closed at its next request, or at once | off |
+    /// | `tools=N` | tool calls behind the text | 0 |
+    /// | `fault=KIND@SHARE` | a share of calls (0 to 1) has a fault: a status, `rst`, `fin`, `stall`, `error`, `badchunk`, `garbage`, `slow:TIME`; can be repeated | none |
+    /// | `rpm=N` `tpm=N` `parallel=N` | the provider's limits for one model on one endpoint, with its headers and 429 | none |
+    /// | `kv=BLOCKS` `prefill=TIME` | cache of prompt prefixes, blocks of 64 tokens; time of 1,000 tokens that are not in it | none |
     /// | `ctype=TYPE` `dims=N` | another content type; dimensions of an embedding | own, 8 |
+    ///
+    /// `tokens`, `pace`, `first` and `size` also take `uniform:LOW:HIGH`, `normal:MEAN:DEVIATION`, `lognormal:MEDIAN:SIGMA`,
+    /// `exp:MEAN`, and (on the command line) `file:PATH` with one value a line.
     ///
     /// Times are `250us`, `20ms`, `2s` or a bare number of milliseconds. Errors name the word.
     pub fn apply(&mut self, words: &str) -> Result<(), String> {
@@ -155,11 +276,8 @@ impl Behaviour {
 
     fn set(&mut self, key: &str, value: &str) -> Option<()> {
         match key {
-            "tokens" => self.tokens = tokens(value)?,
-            "pace" => self.pace = duration(value)?,
-            "first" => self.first = duration(value)?,
+            "tokens" | "pace" | "first" | "size" => self.set_spread(key, value)?,
             "slowhead" => self.slow_head = duration(value)?,
-            "size" => self.token_bytes = text_bytes(value)?,
             "huge" => self.huge_bytes = text_bytes(value)?,
             "usage" => {
                 self.usage = match value {
@@ -172,6 +290,7 @@ impl Behaviour {
             "reasoning" => self.reasoning_tokens = tokens(value)?,
             "split" => self.split_bytes = value.parse().ok()?,
             "gap" => self.split_gap = duration(value)?,
+            "stamp" => self.stamp = switch(value)?,
             "crlf" => self.crlf = switch(value)?,
             "done" => self.done = switch(value)?,
             "azure" => self.azure = switch(value)?,
@@ -179,6 +298,61 @@ impl Behaviour {
             "ctype" => self.content_type = content_type(value)?,
             "dims" => self.dimensions = value.parse().ok().filter(|dims| (1..=65_536).contains(dims))?,
             _ => return self.set_fault(key, value),
+        }
+        Some(())
+    }
+
+    fn set_spread(&mut self, key: &str, value: &str) -> Option<()> {
+        let read: fn(&str) -> Option<f64> = match key {
+            "tokens" => |text| tokens(text).map(f64::from),
+            "size" => |text| text_bytes(text).map(|bytes| bytes as f64),
+            _ => |text| duration(text).map(|time| time.as_secs_f64()),
+        };
+        let spread = match value.strip_prefix("file:") {
+            Some(path) => Spread::parse_list(&std::fs::read_to_string(path).ok()?, read)?,
+            None => Spread::parse(value, read)?,
+        };
+        let fixed = spread.fixed();
+        let drawn = fixed.is_none().then_some(spread);
+        match key {
+            "tokens" => {
+                self.tokens = fixed.map_or(self.tokens, |tokens| tokens as u32);
+                self.spreads.tokens = drawn;
+            }
+            "size" => {
+                self.token_bytes = fixed.map_or(self.token_bytes, |bytes| bytes as usize);
+                self.spreads.size = drawn;
+            }
+            "pace" => {
+                self.pace = fixed.map_or(self.pace, seconds);
+                self.spreads.pace = drawn;
+            }
+            _ => {
+                self.first = fixed.map_or(self.first, seconds);
+                self.spreads.first = drawn;
+            }
+        }
+        Some(())
+    }
+
+    /// Words of what a provider is beside its answers.
+    fn set_provider(&mut self, key: &str, value: &str) -> Option<()> {
+        match key {
+            "tools" => self.tool_calls = value.parse().ok().filter(|calls| *calls <= TOOL_CALLS_MAX)?,
+            "fault" => {
+                let (kind, share) = value.split_once('@')?;
+                let share: f64 = share.parse().ok().filter(|share| (0.0..=1.0).contains(share))?;
+                if self.faults.len() >= FAULTS_MAX {
+                    return None;
+                }
+                self.faults.push((fault(kind)?, share));
+            }
+            "rpm" => self.limits.requests_per_minute = value.parse().ok()?,
+            "tpm" => self.limits.tokens_per_minute = value.parse().ok()?,
+            "parallel" => self.limits.parallel = value.parse().ok()?,
+            "kv" => self.cache_blocks = value.parse().ok().filter(|blocks| *blocks <= CACHE_BLOCKS_MAX)?,
+            "prefill" => self.prefill = duration(value)?,
+            _ => return None,
         }
         Some(())
     }
@@ -208,10 +382,25 @@ impl Behaviour {
                     _ => Stale::No,
                 }
             }
-            _ => return None,
+            _ => return self.set_provider(key, value),
         }
         Some(())
     }
+}
+
+fn fault(kind: &str) -> Option<Fault> {
+    Some(match kind {
+        "rst" => Fault::Death(Death::Reset),
+        "fin" => Fault::Death(Death::Close),
+        "stall" => Fault::Death(Death::Stall),
+        "error" => Fault::Error,
+        "badchunk" => Fault::BadChunk,
+        "garbage" => Fault::Garbage,
+        _ => match kind.strip_prefix("slow:") {
+            Some(time) => Fault::Slow(duration(time)?),
+            None => Fault::Status(kind.parse().ok().filter(|status| (400..600).contains(status))?),
+        },
+    })
 }
 
 fn switch(value: &str) -> Option<bool> {

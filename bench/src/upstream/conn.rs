@@ -2,19 +2,22 @@
 
 mod intake;
 
+use std::collections::HashMap;
 use std::io::{ErrorKind, Read, Write};
-use std::net::Shutdown;
-use std::sync::RwLock;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use mio::net::TcpStream;
-use socket2::SockRef;
 
-use super::answer::{Answer, Step, put_error};
+use super::answer::{Answer, Step, put_error_object};
 use super::behaviour::{Behaviour, Death, Stale};
+use super::limits::Provider;
+use super::socket::{Socket, Tls};
 use super::stats::{Counters, Last, count};
 use crate::http::Dechunker;
+use crate::load::Trace;
+use crate::random::Random;
 use crate::wheel::Wheel;
 
 /// Bytes of events that a flood (`pace=0`) gathers for one write.
@@ -29,6 +32,72 @@ pub struct Shared {
     pub counters: Counters,
     pub last: Last,
     pub behaviour: RwLock<Behaviour>,
+    /// Behaviours of models that do not say it in their names.
+    pub models: RwLock<HashMap<String, Behaviour>>,
+    pub provider: Provider,
+    pub tls: Option<Tls>,
+    /// A recorded fleet: each call takes the next row.
+    pub trace: Option<Trace>,
+    pub next_row: AtomicUsize,
+}
+
+/// Models whose behaviour can be set.
+const MODELS_MAX: usize = 1024;
+
+impl Shared {
+    /// What a call of `model` gets.
+    pub fn behaviour_of(&self, model: &str) -> Result<Behaviour, String> {
+        let named = self
+            .models
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(model)
+            .cloned();
+        match named {
+            Some(behaviour) => Ok(behaviour),
+            None => self
+                .behaviour
+                .read()
+                .unwrap_or_else(PoisonError::into_inner)
+                .for_model(model),
+        }
+    }
+
+    /// What the next call gets by the trace, in its own words' place.
+    pub fn play(&self, behaviour: &mut Behaviour) {
+        let Some(trace) = &self.trace else {
+            return;
+        };
+        let rows = trace.rows();
+        let row = &rows[self.next_row.fetch_add(1, Relaxed) % rows.len()];
+        if row.output_tokens > 0 {
+            behaviour.tokens = row.output_tokens;
+        }
+        let time = |milliseconds: f64| crate::random::seconds(milliseconds / 1000.0);
+        behaviour.first = row.ttft_ms.map_or(behaviour.first, time);
+        if let Some(pace_ms) = row.itl_ms {
+            (behaviour.pace, behaviour.spreads.pace) = (time(pace_ms), None);
+        }
+    }
+
+    /// Sets what calls of `model` get from now on.
+    ///
+    /// # Errors
+    /// A text for people: words that are none, or too many models.
+    pub fn set_model(&self, model: &str, words: &str) -> Result<(), String> {
+        let mut behaviour = self
+            .behaviour
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        behaviour.apply(words)?;
+        let mut models = self.models.write().unwrap_or_else(PoisonError::into_inner);
+        if models.len() >= MODELS_MAX && !models.contains_key(model) {
+            return Err(format!("more than {MODELS_MAX} models"));
+        }
+        models.insert(model.to_owned(), behaviour);
+        Ok(())
+    }
 }
 
 /// What the connections of one thread share.
@@ -42,6 +111,7 @@ pub struct Context<'a> {
     pub event: &'a mut Vec<u8>,
     /// Number of the next call.
     pub next_id: &'a mut u64,
+    pub random: &'a mut Random,
 }
 
 /// What a connection waits for.
@@ -108,7 +178,7 @@ struct Body {
 }
 
 pub struct Connection {
-    socket: TcpStream,
+    socket: Socket,
     endpoint: usize,
     phase: Phase,
     /// What has been received and not understood yet.
@@ -138,7 +208,7 @@ enum Io {
 }
 
 impl Connection {
-    pub fn new(socket: TcpStream, endpoint: usize) -> Self {
+    pub fn new(socket: Socket, endpoint: usize) -> Self {
         Self {
             socket,
             endpoint,
@@ -158,7 +228,7 @@ impl Connection {
     }
 
     pub fn socket(&mut self) -> &mut TcpStream {
-        &mut self.socket
+        self.socket.tcp()
     }
 
     /// Arms the timer, unless it stands at that time already.
@@ -187,7 +257,7 @@ impl Connection {
                     if !self.take(received, context) {
                         return self.peer_left(context);
                     }
-                    if received < context.input.len() && !to_the_end {
+                    if received < context.input.len() && !to_the_end && self.socket.short_read_is_empty() {
                         // A short read means an empty socket; should more come, the poll says so.
                         return self.go_on(context);
                     }
@@ -258,7 +328,7 @@ impl Connection {
             counters.streams_open.fetch_sub(1, Relaxed);
         }
         if ending.close || self.close_asked || ending.stale == Stale::AtOnce {
-            let _ = self.socket.shutdown(Shutdown::Write);
+            self.socket.end();
             return Some(Wait::Close);
         }
         self.stale = ending.stale;
@@ -272,13 +342,8 @@ impl Connection {
                 self.phase = Phase::Stalled { stream };
                 return None;
             }
-            Death::Reset => {
-                // Without the option the close is an orderly one, which a test would then report.
-                let _ = SockRef::from(&self.socket).set_linger(Some(Duration::ZERO));
-            }
-            Death::Close => {
-                let _ = self.socket.shutdown(Shutdown::Write);
-            }
+            Death::Reset => self.socket.reset(),
+            Death::Close => self.socket.end(),
         }
         Some(Wait::Close)
     }
@@ -328,7 +393,11 @@ impl Connection {
         }
         self.out.clear();
         self.out_sent = 0;
-        Io::Done
+        match self.socket.flush() {
+            Ok(()) => Io::Done,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Io::Blocked,
+            Err(_) => Io::Gone,
+        }
     }
 
     /// Puts the head, and a plain answer's body, into `out`; or the fault that comes instead.
@@ -358,12 +427,14 @@ impl Connection {
             return;
         }
         if behaviour.status != 200 {
-            let message = format!("simulated status {}", behaviour.status);
-            put_error(
+            let (status, retry_s) = (behaviour.status, behaviour.retry_after_s);
+            let object = answer.error(status, &format!("simulated status {status}"));
+            put_error_object(
                 &mut self.out,
-                behaviour.status,
-                &message,
-                behaviour.retry_after_s,
+                status,
+                &object,
+                &answer.limit_fields,
+                retry_s,
                 last.close,
             );
             self.phase = Phase::Last(last);
@@ -399,19 +470,21 @@ impl Connection {
         let Phase::Stream { due_ns, answer } = &mut self.phase else {
             return;
         };
-        let pace_ns = nanoseconds(answer.behaviour.pace);
+        let flood = answer.is_flood();
         let mut tokens = 0;
         let end = loop {
             match answer.step(context.event, &mut self.out) {
                 Step::Token { content } => tokens += u64::from(content),
                 end => break Some(end),
             }
-            if pace_ns > 0 || self.out.len() >= FLOOD_BYTES || answer.behaviour.split_bytes > 0 {
+            if !flood || self.out.len() >= FLOOD_BYTES || answer.behaviour.split_bytes > 0 {
                 break None;
             }
         };
         context.shared.counters.tokens_sent.fetch_add(tokens, Relaxed);
-        *due_ns += pace_ns;
+        if !flood {
+            *due_ns += answer.next_pace_ns();
+        }
         if context.now_ns > *due_ns + BEHIND_NS_MAX {
             *due_ns = context.now_ns;
         }

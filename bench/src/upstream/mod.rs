@@ -1,4 +1,4 @@
-//! A simulated fleet of OpenAI-compatible servers.
+//! A simulated fleet of servers that speak OpenAI's, Anthropic's and Google's APIs.
 //!
 //! What it does with a call is said by the model's name ([`Behaviour::apply`] lists the words), so that one server plays
 //! every part that a test needs. Each thread runs one `epoll` loop over all endpoints; timers stand in a wheel, and an
@@ -7,21 +7,25 @@
 mod answer;
 pub mod behaviour;
 mod conn;
+mod limits;
 mod reactor;
 mod request;
+mod socket;
 mod stats;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::sync::atomic::{AtomicBool, Ordering::Release};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Release};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 pub use behaviour::Behaviour;
+pub use socket::Tls;
 pub use stats::{LastRequest, Stats};
 
+use crate::load::Trace;
 use conn::Shared;
 use stats::{Counters, Last};
 
@@ -39,6 +43,10 @@ pub struct Options {
     pub threads: usize,
     /// What calls get whose model's name does not say otherwise.
     pub behaviour: Behaviour,
+    /// Serve TLS on all endpoints.
+    pub tls: Option<Tls>,
+    /// Play a recorded fleet: each call gets the next row's length and times.
+    pub trace: Option<Trace>,
 }
 
 impl Default for Options {
@@ -48,6 +56,8 @@ impl Default for Options {
             endpoints: 1,
             threads: 1,
             behaviour: Behaviour::default(),
+            tls: None,
+            trace: None,
         }
     }
 }
@@ -87,6 +97,11 @@ impl Server {
             counters: Counters::new(addrs.len()),
             last: Last::default(),
             behaviour: RwLock::new(options.behaviour),
+            models: RwLock::default(),
+            provider: limits::Provider::default(),
+            tls: options.tls,
+            trace: options.trace,
+            next_row: AtomicUsize::new(0),
         });
         let mut server = Self {
             addrs,
@@ -122,9 +137,14 @@ impl Server {
         &self.addrs
     }
 
-    /// `http://ADDRESS` of the first endpoint.
+    /// `http://ADDRESS`, or with `https`, of the first endpoint.
     pub fn url(&self) -> String {
-        format!("http://{}", self.addr())
+        let scheme = if self.shared.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        format!("{scheme}://{}", self.addr())
     }
 
     /// The counters, as `GET /sim/stats` answers them.
@@ -144,6 +164,14 @@ impl Server {
             .behaviour
             .write()
             .unwrap_or_else(PoisonError::into_inner) = behaviour;
+    }
+
+    /// Sets what calls of `model` get from now on, as `PUT /sim/models/NAME` does.
+    ///
+    /// # Errors
+    /// A text for people: words that are none, or too many models.
+    pub fn set_model(&self, model: &str, words: &str) -> Result<(), String> {
+        self.shared.set_model(model, words)
     }
 
     /// Waits until the fleet ends, which it does only by itself where a thread fails.

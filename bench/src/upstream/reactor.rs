@@ -12,7 +12,9 @@ use mio::net::TcpListener;
 use mio::{Events, Interest, Poll, Token, Waker};
 
 use super::conn::{Connection, Context, Shared, Wait};
+use super::socket::Socket;
 use super::stats::count;
+use crate::random::Random;
 use crate::slab::Slab;
 use crate::wheel::{Fired, Wheel};
 
@@ -40,6 +42,7 @@ pub struct Reactor {
     input: Vec<u8>,
     event: Vec<u8>,
     next_id: u64,
+    random: Random,
 }
 
 impl Reactor {
@@ -67,6 +70,7 @@ impl Reactor {
             input: vec![0; READ_BYTES],
             event: Vec::new(),
             next_id: 0,
+            random: Random::new(1),
         };
         Ok((reactor, waker))
     }
@@ -150,6 +154,10 @@ impl Reactor {
                         count(&self.shared.counters.accept_errors);
                         continue;
                     }
+                    let Ok(socket) = Socket::new(socket, self.shared.tls.as_ref()) else {
+                        count(&self.shared.counters.accept_errors);
+                        continue;
+                    };
                     self.connections.insert(Connection::new(socket, endpoint));
                     count(&self.shared.counters.connections_total);
                     count(&self.shared.counters.connections_open);
@@ -178,6 +186,7 @@ impl Reactor {
             input: &mut self.input,
             event: &mut self.event,
             next_id: &mut self.next_id,
+            random: &mut self.random,
         };
         let wait = work(connection, &mut context);
         match wait {

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
 
 /// The calls that the simulator answers with tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +13,16 @@ pub enum Api {
     Completions,
     Embeddings,
     Responses,
+    /// Anthropic's.
+    Messages,
+    /// Google's, as server-sent events or as one plain answer.
+    Gemini,
+    /// Google's, streamed as one JSON array.
+    GeminiArray,
 }
+
+/// Before the name of a model whose behaviour is set.
+pub const MODELS: &str = "/sim/models/";
 
 /// Where a request goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +31,8 @@ pub enum Route {
     Models,
     Stats,
     Last,
+    /// `PUT /sim/models/NAME`: the body's words say what calls of that model get.
+    SetModel,
     Unknown,
 }
 
@@ -32,12 +44,83 @@ impl Route {
             ("POST", "/v1/completions") => Self::Call(Api::Completions),
             ("POST", "/v1/embeddings") => Self::Call(Api::Embeddings),
             ("POST", "/v1/responses") => Self::Call(Api::Responses),
+            ("POST", "/v1/messages") => Self::Call(Api::Messages),
+            ("POST", path) if path.ends_with(":generateContent") => Self::Call(Api::Gemini),
+            ("POST", path) if path.ends_with(":streamGenerateContent") => {
+                let query = target.split_once('?').map_or("", |(_, query)| query);
+                if query.split('&').any(|word| word == "alt=sse") {
+                    Self::Call(Api::Gemini)
+                } else {
+                    Self::Call(Api::GeminiArray)
+                }
+            }
             ("GET", "/v1/models") => Self::Models,
             ("GET", "/sim/stats") => Self::Stats,
             ("GET", "/sim/last") => Self::Last,
+            ("PUT", path) if path.starts_with(MODELS) => Self::SetModel,
             _ => Self::Unknown,
         }
     }
+}
+
+/// Google's calls say in their path what others say in their body: model and stream.
+pub fn of_path(target: &str) -> Option<(String, bool)> {
+    let path = target.split('?').next()?;
+    let (model, verb) = path.rsplit('/').next()?.rsplit_once(':')?;
+    match verb {
+        "generateContent" => Some((decoded(model), false)),
+        "streamGenerateContent" => Some((decoded(model), true)),
+        _ => None,
+    }
+}
+
+/// Takes percent-encoding off (RFC 3986, section 2.1); what is no encoding stays.
+fn decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let code = bytes.get(at + 1..at + 3).filter(|_| bytes[at] == b'%');
+        let code = code.and_then(|digits| std::str::from_utf8(digits).ok());
+        match code.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => {
+                plain.push(byte);
+                at += 3;
+            }
+            None => {
+                plain.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&plain).into_owned()
+}
+
+#[derive(Debug, Default, Deserialize)]
+struct GenerationConfig {
+    #[serde(rename = "maxOutputTokens")]
+    max_output_tokens: Option<u32>,
+}
+
+/// The prompt as it stands in the body.
+#[derive(Debug, Default, Deserialize)]
+struct RawPrompt<'a> {
+    #[serde(borrow)]
+    system: Option<&'a RawValue>,
+    #[serde(borrow, alias = "contents", alias = "prompt", alias = "input")]
+    messages: Option<&'a RawValue>,
+}
+
+/// The bytes of the prompt for a cache of prefixes: a conversation that goes on begins with what it was.
+pub fn prompt_bytes(body: &[u8]) -> Vec<u8> {
+    let Ok(raw) = serde_json::from_slice::<RawPrompt<'_>>(body) else {
+        return Vec::new();
+    };
+    [raw.system, raw.messages]
+        .into_iter()
+        .flatten()
+        .flat_map(|value| value.get().bytes())
+        .collect()
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -62,6 +145,12 @@ struct Wire<'a> {
     input: Text,
     #[serde(default)]
     instructions: Text,
+    #[serde(default)]
+    system: Text,
+    #[serde(default)]
+    contents: Text,
+    #[serde(default, rename = "generationConfig")]
+    generation_config: GenerationConfig,
 }
 
 /// What a body asks for.
@@ -78,7 +167,12 @@ pub struct Call<'a> {
 /// Reads a body; the error is what `serde_json` says of it.
 pub fn parse(body: &[u8]) -> Result<Call<'_>, serde_json::Error> {
     let wire: Wire<'_> = serde_json::from_slice(body)?;
-    let text_bytes = wire.messages.0 + wire.prompt.0 + wire.input.0 + wire.instructions.0;
+    let text_bytes = wire.messages.0
+        + wire.prompt.0
+        + wire.input.0
+        + wire.instructions.0
+        + wire.system.0
+        + wire.contents.0;
     Ok(Call {
         model: wire.model,
         stream: wire.stream.unwrap_or(false),
@@ -89,7 +183,8 @@ pub fn parse(body: &[u8]) -> Result<Call<'_>, serde_json::Error> {
         tokens_max: wire
             .max_completion_tokens
             .or(wire.max_output_tokens)
-            .or(wire.max_tokens),
+            .or(wire.max_tokens)
+            .or(wire.generation_config.max_output_tokens),
         prompt_tokens: (text_bytes / 4).max(1),
     })
 }
@@ -148,7 +243,7 @@ impl<'de> Visitor<'de> for TextVisitor {
     fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<u64, A::Error> {
         let mut bytes = 0;
         while let Some(key) = fields.next_key::<Cow<'de, str>>()? {
-            if matches!(&*key, "content" | "text") {
+            if matches!(&*key, "content" | "text" | "parts") {
                 bytes += fields.next_value::<Text>()?.0;
             } else {
                 fields.next_value::<IgnoredAny>()?;
@@ -206,6 +301,27 @@ mod tests {
         );
         assert!(parse(b"{").is_err());
         assert!(parse(b"[1]").is_err());
+    }
+
+    #[test]
+    fn googles_calls_are_read() {
+        let target = "/v1beta/models/sim%3Atokens=3:streamGenerateContent?alt=sse";
+        assert_eq!(Route::of("POST", target), Route::Call(Api::Gemini));
+        assert_eq!(
+            Route::of("POST", target.split('?').next().unwrap()),
+            Route::Call(Api::GeminiArray)
+        );
+        assert_eq!(of_path(target), Some(("sim:tokens=3".to_owned(), true)));
+        assert_eq!(
+            of_path("/v1/models/a%zz:generateContent"),
+            Some(("a%zz".to_owned(), false))
+        );
+        assert_eq!(of_path("/v1/messages"), None);
+        let body =
+            br#"{"contents":[{"parts":[{"text":"12345678"}]}],"generationConfig":{"maxOutputTokens":4}}"#;
+        let call = parse(body).unwrap();
+        assert_eq!((call.prompt_tokens, call.tokens_max), (2, Some(4)));
+        assert!(prompt_bytes(body).starts_with(b"[{\"parts\""));
     }
 
     #[test]

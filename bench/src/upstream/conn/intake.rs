@@ -1,11 +1,10 @@
 //! The way in: from received bytes to a whole request, and on to what answers it.
 
-use std::net::Shutdown;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::super::answer::{Answer, put_error, put_json};
 use super::super::behaviour::Stale;
-use super::super::request::{self, Api, Route};
+use super::super::request::{self, Api, MODELS, Route};
 use super::super::stats::count;
 use super::{Body, Connection, Context, Ending, Phase, Wait, nanoseconds};
 use crate::http::{Dechunker, Fields, HEAD_BYTES_MAX, HEADERS_MAX, head_end};
@@ -47,7 +46,7 @@ impl Connection {
             return Some(Wait::Socket);
         }
         if self.stale == Stale::OnRequest {
-            let _ = self.socket.shutdown(Shutdown::Write);
+            self.socket.end();
             return Some(Wait::Close);
         }
         let Some(head_bytes) = head_end(&self.received) else {
@@ -141,13 +140,22 @@ impl Connection {
     fn dispatch(&mut self, head_bytes: usize, context: &mut Context<'_>) {
         self.phase = Phase::Last(Ending::PLAIN);
         let line_end = memchr::memchr(b'\r', &self.head[..head_bytes]).unwrap_or_default();
-        let line = std::str::from_utf8(&self.head[..line_end]).unwrap_or_default();
+        // The head is given away below, while the target is still looked at.
+        let line = String::from_utf8_lossy(&self.head[..line_end]).into_owned();
         let mut words = line.split(' ');
-        let route = Route::of(words.next().unwrap_or_default(), words.next().unwrap_or_default());
-        match route {
+        let (method, target) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+        match Route::of(method, target) {
+            Route::SetModel => {
+                let words = String::from_utf8_lossy(&self.body);
+                match context.shared.set_model(&target[MODELS.len()..], &words) {
+                    Ok(()) => put_json(&mut self.out, 200, "", "{}", false),
+                    Err(error) => put_error(&mut self.out, 400, &error, 0, false),
+                }
+            }
             Route::Call(api) => {
                 count(&context.shared.counters.requests_by_endpoint[self.endpoint]);
-                self.call(api, context);
+                let named = request::of_path(target);
+                self.call(api, named, context);
                 context.shared.last.swap(&mut self.head, &mut self.body);
             }
             Route::Models => {
@@ -166,34 +174,66 @@ impl Connection {
         }
     }
 
-    fn call(&mut self, api: Api, context: &mut Context<'_>) {
+    /// `named` is what the path says: the model, and whether to stream.
+    fn call(&mut self, api: Api, named: Option<(String, bool)>, context: &mut Context<'_>) {
         let counters = &context.shared.counters;
-        let call = match request::parse(&self.body) {
+        let mut call = match request::parse(&self.body) {
             Ok(call) => call,
             Err(error) => {
                 count(&counters.bad_requests);
                 return put_error(&mut self.out, 400, &error.to_string(), 0, false);
             }
         };
-        let behaviour = match context.shared.behaviour.read() {
-            Ok(base) => base.for_model(&call.model),
-            Err(_) => Err("the simulator's behaviour is poisoned".to_owned()),
-        };
-        let behaviour = match behaviour {
+        if let Some((model, stream)) = named {
+            (call.model, call.stream) = (model.into(), stream);
+        }
+        let mut behaviour = match context.shared.behaviour_of(&call.model) {
             Ok(behaviour) => behaviour,
             Err(error) => {
                 count(&counters.bad_requests);
                 return put_error(&mut self.out, 400, &error, 0, false);
             }
         };
+        behaviour.draw(context.random);
+        context.shared.play(&mut behaviour);
+        if behaviour.cache_blocks > 0 || !behaviour.prefill.is_zero() {
+            let prompt = request::prompt_bytes(&self.body);
+            let cached = context
+                .shared
+                .provider
+                .look_up(self.endpoint, &prompt, &behaviour)
+                .min(call.prompt_tokens);
+            behaviour.cached_tokens = behaviour.cached_tokens.max(cached);
+            behaviour.first += behaviour
+                .prefill
+                .mul_f64((call.prompt_tokens - cached) as f64 / 1000.0);
+        }
+        let tokens =
+            call.prompt_tokens + u64::from(behaviour.tokens.min(call.tokens_max.unwrap_or(u32::MAX)));
+        let verdict = context.shared.provider.admit(
+            self.endpoint,
+            &call.model,
+            api,
+            behaviour.limits,
+            tokens,
+            context.now_ns,
+        );
+        let permit = match verdict.outcome {
+            Ok(permit) => permit,
+            Err(retry_s) => {
+                (behaviour.status, behaviour.retry_after_s) = (429, retry_s);
+                None
+            }
+        };
         *context.next_id += 1;
-        let created_s = unix_s();
         let mut wait = behaviour.slow_head;
-        let answer = Box::new(Answer::new(api, &call, behaviour, *context.next_id, created_s));
+        let mut answer = Box::new(Answer::new(api, &call, behaviour, *context.next_id, unix_s()));
+        answer.limit_fields = verdict.fields;
+        answer.permit = permit;
         if answer.stream {
             count(&counters.streams_total);
             count(&counters.streams_open);
-        } else {
+        } else if answer.behaviour.status == 200 {
             wait += answer.behaviour.first;
         }
         self.phase = Phase::Delay {

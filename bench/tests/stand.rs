@@ -1,0 +1,148 @@
+//! The commands from end to end: the built program with its upstream as a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("bench/ has a parent")
+}
+
+fn bench(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_gateway-bench"))
+        .args(arguments)
+        .current_dir(root())
+        .output()
+        .expect("the program runs")
+}
+
+fn text(output: &Output) -> String {
+    format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    )
+}
+
+/// A small scenario in a folder of its own.
+fn scenario(folder: &Path) -> PathBuf {
+    let path = folder.join("small.yaml");
+    let text = "about: a few streams\nfigure: event\nconnections: 4\nwarm_up: 100ms\nwindow: 300ms\nparts:\n  \
+                - { name: stream, behaviour: \"tokens=10,pace=5ms,first=0,stamp\" }\n";
+    std::fs::write(&path, text).unwrap();
+    path
+}
+
+#[test]
+fn targets_take_turns_and_what_is_missing_is_skipped() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("missing.yaml");
+    std::fs::write(
+        &missing,
+        "about: x\nneeds: no-such-program\ncommand: [no-such-program]\n",
+    )
+    .unwrap();
+    let broken = folder.path().join("broken.yaml");
+    std::fs::write(
+        &broken,
+        "about: x\nneeds: sh\ncommand: [sh, -c, \"echo bad configuration; exit 1\"]\n",
+    )
+    .unwrap();
+    let out = folder.path().join("out");
+    let output = bench(&[
+        "compare",
+        "--targets",
+        &format!("direct,nginx,{},{}", missing.display(), broken.display()),
+        "--scenarios",
+        &scenario(folder.path()).to_string_lossy(),
+        "--rounds",
+        "2",
+        "--out",
+        &out.to_string_lossy(),
+    ]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    assert!(told.contains("no-such-program is not installed"), "{told}");
+    assert!(told.contains("bad configuration"), "{told}");
+    let page = std::fs::read_to_string(out.join("compare.html")).unwrap();
+    assert!(page.starts_with("<!doctype html>") && page.contains("a few streams"));
+    let results: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(out.join("compare.json")).unwrap()).unwrap();
+    let direct = &results["cells"][0];
+    assert_eq!(direct["reports"].as_array().unwrap().len(), 2);
+    assert!(
+        direct["reports"][0]["delay"]["count"].as_u64().unwrap() > 0,
+        "{told}"
+    );
+    if results["targets"][1]["missing"].is_null() {
+        let nginx = &results["cells"][1]["reports"][0];
+        assert!(
+            nginx["processes"].as_array().unwrap().len() >= 2,
+            "master and worker are measured: {told}"
+        );
+    } else {
+        println!("skipped: nginx is not installed");
+    }
+}
+
+#[test]
+fn the_capacity_of_the_upstream_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("capacity.json");
+    let output = bench(&[
+        "capacity",
+        "--target",
+        "direct",
+        "--scenario",
+        &scenario(folder.path()).to_string_lossy(),
+        "--p99",
+        "total=10s",
+        "--from",
+        "20",
+        "--most",
+        "40",
+        "--window",
+        "500ms",
+        "--json",
+        &json.to_string_lossy(),
+    ]);
+    let told = text(&output);
+    assert!(told.contains("capacity:"), "{told}");
+    let found: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert!(!found["steps"].as_array().unwrap().is_empty(), "{told}");
+}
+
+#[test]
+fn a_soak_tells_memory_and_descriptors() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = bench(&[
+        "soak",
+        "--target",
+        "direct",
+        "--scenario",
+        &scenario(folder.path()).to_string_lossy(),
+        "--duration",
+        "1s",
+        "--every",
+        "100ms",
+    ]);
+    let told = text(&output);
+    assert!(told.contains("descriptors") && told.contains("memory"), "{told}");
+    assert_eq!(output.status.code(), Some(0), "{told}");
+}
+
+#[test]
+fn wrong_words_are_told() {
+    for (arguments, part) in [
+        (&["compare", "--targets", "no-such"][..], "no-such"),
+        (&["capacity", "--p99", "speed=1s"], "ttft="),
+        (&["load", "--stages", "5"], "FROM-TO:TIME"),
+        (&["load", "--trace", "/no/such/file"], "/no/such/file"),
+        (&["upstream", "--behaviour", "colour=red"], "colour=red"),
+    ] {
+        let output = bench(arguments);
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(text(&output).contains(part), "{arguments:?}: {}", text(&output));
+    }
+}
