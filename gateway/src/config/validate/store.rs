@@ -112,7 +112,10 @@ mod tests {
     fn what_is_wrong_is_named_without_secrets() {
         for (store, part) in [
             ("{}", "neither `redis` nor `cluster`"),
-            ("{ redis: redis://a, cluster: [redis://b] }", "both `redis` and `cluster`"),
+            (
+                "{ redis: redis://a, cluster: [redis://b] }",
+                "both `redis` and `cluster`",
+            ),
             ("{ redis: http://a }", "must begin with redis://"),
             ("{ redis: \"redis://:hunter2@a\" }", "store.password"),
             ("{ redis: redis://a:x }", "is not redis://host:port"),
@@ -120,7 +123,10 @@ mod tests {
             ("{ redis: redis://a/x }", "a database that is not a number"),
             ("{ redis: redis://a, prefix: \"{x}\" }", "is not 1 to 64 letters"),
             ("{ redis: redis://a, lease: 100ms }", "too short"),
-            ("{ redis: redis://a, lease: 1s, round: 500ms }", "a tenth of `lease`"),
+            (
+                "{ redis: redis://a, lease: 1s, round: 500ms }",
+                "a tenth of `lease`",
+            ),
             ("{ redis: redis://a, first_share: 101 }", "more than 100 percent"),
             ("{ redis: redis://a, ca: /nowhere.pem }", "nowhere.pem"),
         ] {
