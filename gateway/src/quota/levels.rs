@@ -554,3 +554,6 @@ fn subtract(word: &AtomicU64, less: u64) {
         Some(value.saturating_sub(less))
     });
 }
+
+#[cfg(test)]
+mod tests;

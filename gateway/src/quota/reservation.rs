@@ -193,6 +193,8 @@ impl Reservation {
                 Err(Refused::StoreGone) => {
                     return Err(denied(rule, Why::StoreGone, Standing::default(), asked));
                 }
+                // What only counts never refuses; that it does not count here is counted.
+                Err(Refused::Full) if !rule.hard => return Ok(Standing::default()),
                 Err(Refused::Full) => return Err(denied(rule, Why::NoPlace, Standing::default(), asked)),
                 Err(Refused::Exhausted(standing)) => {
                     let left = standing.remaining.min(whole);

@@ -60,6 +60,9 @@ const KERNEL_COUNTERS: [(&str, &str, &str); 8] = [
     ),
 ];
 
+/// Tables of limits' levels, by their name in [`State::status`].
+const LEVEL_TABLES: [&str; 3] = ["own", "guests", "parallel"];
+
 /// Counters of the ledger: field of its status, metric, help.
 const LEDGER_COUNTERS: [(&str, &str, &str); 9] = [
     (
@@ -167,6 +170,31 @@ impl Plane for State {
 
 /// What is known beside the cores' own counters. A field that is not there has no metric: a kernel
 /// plane that is off has no counters, which is not the same as zero.
+/// How full the tables of limits are, and what became of budgets' alerts.
+fn write_limits(status: &Value, out: &mut Exposition) {
+    let limits = &status["limits"];
+    let mut used = out.gauge(
+        "gateway_limit_levels_used",
+        "Levels of limits with a place of their own, by table.",
+    );
+    for table in LEVEL_TABLES {
+        used.sample(
+            &[("table", table)],
+            limits[table]["used"].as_u64().unwrap_or_default(),
+        );
+    }
+    out.counter(
+        "gateway_limit_overflows_total",
+        "Admissions counted on a level shared by subjects without a place: limit_state.levels is too small.",
+    )
+    .value(limits["overflowed"].as_u64().unwrap_or_default());
+    let mut alerts = out.counter("gateway_budget_alerts_total", "Alerts of budgets.");
+    for state in ["raised", "delivered", "failed"] {
+        let count = status["alerts"][state].as_u64().unwrap_or_default();
+        alerts.sample(&[("state", state)], count);
+    }
+}
+
 fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
     let degraded = status["degraded"].as_array().map_or(0, Vec::len);
     out.gauge(
@@ -196,6 +224,7 @@ fn write_state(status: &Value, kernel: &Value, out: &mut Exposition) {
         .value(blocked);
     }
     cluster::write_metrics(&status["store"], out);
+    write_limits(status, out);
     let ledger = &status["ledger"];
     write_counters(&LEDGER_COUNTERS, ledger, out);
     if let Some(bytes) = ledger["export_behind_bytes"].as_u64() {

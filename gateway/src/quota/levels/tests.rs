@@ -1,0 +1,201 @@
+use jiff::tz::TimeZone;
+
+use super::*;
+use crate::quota::calendar::{Calendar, Part};
+
+const DAY_MS: u64 = 86_400_000;
+
+fn calendar(part: Part, zone: &str) -> Window {
+    let zone = TimeZone::get(zone).expect("a time zone");
+    Window::Calendar(std::sync::Arc::new(Calendar::new(part, zone)))
+}
+
+fn query(window: &Window) -> Query<'_> {
+    Query {
+        window,
+        amount: 100,
+        id: 77 << 32,
+        overflow_id: 78 << 32,
+        shelf: Shelf::Own,
+        hard: true,
+        note_held: true,
+    }
+}
+
+fn at(text: &str) -> Moment {
+    let time: jiff::Timestamp = text.parse().expect("a time");
+    let unix_ms = time.as_millisecond() as u64;
+    Moment {
+        steady_ns: unix_ms * 1_000_000,
+        unix_ms,
+    }
+}
+
+/// The same moment of the limits' clock under another wall clock.
+fn with_wall(steady: Moment, text: &str) -> Moment {
+    Moment {
+        unix_ms: at(text).unix_ms,
+        ..steady
+    }
+}
+
+fn use_up(levels: &Levels, query: &Query<'_>, units: u64, now: Moment) {
+    let (taken, _) = levels
+        .reserve(query, units, now)
+        .unwrap_or_else(|refused| panic!("{refused:?}"));
+    levels.give_back(query, &taken, units, units, now);
+}
+
+fn left(levels: &Levels, query: &Query<'_>, now: Moment) -> u64 {
+    levels.standing(query, now).remaining
+}
+
+#[test]
+fn a_calendar_period_ends_with_the_zones_day() {
+    let (levels, window) = (Levels::default(), calendar(Part::Day, "America/New_York"));
+    let query = query(&window);
+    // 1 November 2026 has 25 hours there, from 4:00 UTC on.
+    use_up(&levels, &query, 100, at("2026-11-01T04:00:00Z"));
+    let late = at("2026-11-02T04:59:59Z");
+    let Err(Refused::Exhausted(standing)) = levels.reserve(&query, 1, late) else {
+        panic!("the day is not over");
+    };
+    assert_eq!(
+        (standing.retry_after_ns, standing.reset_ns),
+        (1_000_000_000, 1_000_000_000)
+    );
+    use_up(&levels, &query, 100, at("2026-11-02T05:00:00Z"));
+}
+
+#[test]
+fn a_wall_clock_that_is_set_neither_resets_nor_locks_a_calendar() {
+    let (levels, window) = (Levels::default(), calendar(Part::Day, "UTC"));
+    let query = query(&window);
+    let noon = at("2026-06-10T12:00:00Z");
+    use_up(&levels, &query, 100, noon);
+    // Within the day either way: nothing new.
+    assert!(
+        levels
+            .reserve(&query, 1, with_wall(noon, "2026-06-10T23:00:00Z"))
+            .is_err()
+    );
+    assert!(
+        levels
+            .reserve(&query, 1, with_wall(noon, "2026-06-10T01:00:00Z"))
+            .is_err()
+    );
+    // A day ahead: that day's own allowance, once.
+    let ahead = with_wall(noon, "2026-06-11T12:00:00Z");
+    use_up(&levels, &query, 60, ahead);
+    // Back again: the day before is still used up, and after it the day that was begun too early goes on.
+    assert!(
+        levels
+            .reserve(&query, 1, with_wall(noon, "2026-06-10T13:00:00Z"))
+            .is_err()
+    );
+    assert_eq!(left(&levels, &query, at("2026-06-11T00:00:00Z")), 40);
+    // A year ahead and back: not locked, not reset.
+    use_up(&levels, &query, 10, with_wall(noon, "2027-06-10T12:00:00Z"));
+    assert!(
+        levels
+            .reserve(&query, 1, with_wall(noon, "2026-06-10T14:00:00Z"))
+            .is_err()
+    );
+    assert_eq!(left(&levels, &query, at("2026-06-11T01:00:00Z")), 40);
+    assert_eq!(left(&levels, &query, at("2026-06-12T01:00:00Z")), 100);
+}
+
+#[test]
+fn debt_is_carried_over_periods_also_those_without_requests() {
+    for (window, period_ms) in [
+        (calendar(Part::Day, "UTC"), DAY_MS),
+        (
+            Window::Sliding {
+                ns: DAY_MS * 1_000_000,
+            },
+            DAY_MS,
+        ),
+    ] {
+        let levels = Levels::default();
+        let query = query(&window);
+        let begin = at("2026-06-10T00:00:00Z");
+        let later = |periods: u64| Moment {
+            steady_ns: begin.steady_ns + periods * period_ms * 1_000_000,
+            unix_ms: begin.unix_ms + periods * period_ms,
+        };
+        use_up(&levels, &query, 100, begin);
+        levels.charge(&query, 350, begin);
+        // 450 used: this day and three more are used up whole, and half of the one after.
+        let Err(Refused::Exhausted(standing)) = levels.reserve(&query, 50, later(0)) else {
+            panic!("in debt");
+        };
+        assert!(
+            standing.retry_after_ns >= 3 * period_ms * 1_000_000,
+            "{standing:?}"
+        );
+        assert!(levels.reserve(&query, 1, later(3)).is_err(), "{window:?}");
+        let fourth = left(&levels, &query, later(4));
+        // Asked without having been used in between.
+        assert!(levels.reserve(&query, 51, later(4)).is_err(), "{window:?}");
+        let settled = left(&levels, &query, later(4));
+        assert!(
+            settled <= 50 && (fourth == settled || fourth == 100),
+            "{window:?}: {fourth}, {settled}"
+        );
+        assert_eq!(left(&levels, &query, later(7)), 100, "{window:?}");
+    }
+}
+
+#[test]
+fn a_late_return_goes_to_the_period_from_which_it_was_taken() {
+    let (levels, window) = (Levels::default(), calendar(Part::Day, "UTC"));
+    let query = query(&window);
+    let evening = at("2026-06-10T23:59:00Z");
+    let (taken, _) = levels.reserve(&query, 80, evening).expect("room");
+    let morning = at("2026-06-11T00:01:00Z");
+    use_up(&levels, &query, 100, morning);
+    levels.give_back(&query, &taken, 80, 10, morning);
+    assert!(
+        levels.reserve(&query, 1, morning).is_err(),
+        "the new day got nothing of it"
+    );
+    assert_eq!(left(&levels, &query, evening), 90);
+}
+
+#[test]
+fn what_time_gave_back_is_not_given_back_again() {
+    let (levels, window) = (Levels::default(), Window::Bucket { ns: 60_000_000_000 });
+    let query = query(&window);
+    let begin = at("2026-06-10T00:00:00Z");
+    let minute = |n: u64| Moment {
+        steady_ns: begin.steady_ns + n * 60_000_000_000,
+        ..begin
+    };
+    // Ten long streams that reserve a whole window each and use nearly nothing.
+    let held: Vec<Taken> = (0..10)
+        .map(|n| levels.reserve(&query, 100, minute(n)).expect("room").0)
+        .collect();
+    levels.reserve(&query, 100, minute(10)).expect("room");
+    for taken in &held {
+        levels.give_back(&query, taken, 100, 1, minute(10));
+    }
+    assert_eq!(left(&levels, &query, minute(10)), 0);
+    assert!(levels.reserve(&query, 10, minute(10)).is_err());
+}
+
+#[test]
+fn a_sliding_window_grants_no_burst_at_its_border() {
+    let second_ns = 1_000_000_000;
+    let (levels, window) = (Levels::default(), Window::Sliding { ns: 10 * second_ns });
+    let query = query(&window);
+    let begin = at("2026-06-10T00:00:00Z");
+    let at_s = |s: u64| Moment {
+        steady_ns: begin.steady_ns + s * second_ns,
+        ..begin
+    };
+    use_up(&levels, &query, 100, at_s(9));
+    // A moment later a fixed window would begin anew.
+    assert!(levels.reserve(&query, 1, at_s(10)).is_err());
+    assert_eq!(left(&levels, &query, at_s(15)), 50);
+    assert_eq!(left(&levels, &query, at_s(20)), 100);
+}
