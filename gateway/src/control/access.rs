@@ -149,6 +149,8 @@ pub struct Access {
     organizations: HashMap<String, String>,
     common: Common,
     changes: u32,
+    /// Last uses of keys that are out of force and still known.
+    ended: Vec<(String, u64)>,
 }
 
 impl Access {
@@ -163,6 +165,7 @@ impl Access {
             organizations: HashMap::new(),
             common: Common::default(),
             changes: 0,
+            ended: Vec::new(),
         };
         db.each(|team: store::Team| access.note_team(None, Some(&team)))?;
         let mut used = HashMap::new();
@@ -271,6 +274,9 @@ impl Access {
                 self.shared.keys.remove(&hash);
             }
         }
+        if let Some(new) = new.filter(|_| fresh.is_empty() && life.used_unix_ms() > 0) {
+            self.ended.push((new.name.clone(), life.used_unix_ms()));
+        }
         let revoked = new.and_then(|new| new.revoked.as_ref());
         let was_revoked = old.is_some_and(|old| old.revoked.is_some());
         let running = match (new, revoked) {
@@ -317,6 +323,10 @@ impl Follow for Access {
             self.changes = 0;
             self.common.sweep();
         }
+    }
+
+    fn used_of_ended(&mut self) -> Vec<(String, u64)> {
+        std::mem::take(&mut self.ended)
     }
 
     fn used_since(&self, unix_ms: u64) -> Vec<(String, u64)> {

@@ -117,6 +117,8 @@ pub trait Follow: Send + 'static {
     fn follow(&mut self, changed: &[Changed]);
     /// Names of keys that were used since this time, and when, milliseconds since 1970.
     fn used_since(&self, unix_ms: u64) -> Vec<(String, u64)>;
+    /// The same of keys that went out of force since it was last asked.
+    fn used_of_ended(&mut self) -> Vec<(String, u64)>;
 }
 
 /// Tells the caller what became of its change, when that is known.
@@ -302,6 +304,8 @@ impl<F: Follow> Worker<F> {
             Ok(changed) => {
                 if !changed.is_empty() {
                     self.follower.follow(&changed);
+                    let used = self.follower.used_of_ended();
+                    self.keep_used(&used);
                     let version = self.db.version().unwrap_or_default();
                     self.tell_version.send_replace(version);
                 }
@@ -329,10 +333,14 @@ impl<F: Follow> Worker<F> {
         // Uses may be noted up to a second late.
         let used = self.follower.used_since(self.used_from_ms.saturating_sub(2000));
         self.used_from_ms = now_ms;
+        self.keep_used(&used);
+    }
+
+    fn keep_used(&mut self, used: &[(String, u64)]) {
         if used.is_empty() {
             return;
         }
-        if let Err(error) = self.db.write_used(&used) {
+        if let Err(error) = self.db.write_used(used) {
             tracing::warn!(%error, "the times of last use cannot be kept");
         }
     }

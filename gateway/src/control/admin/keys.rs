@@ -429,6 +429,15 @@ async fn change(
             Ok((with_use(db, row)?, secret))
         })
         .await?;
+    // The last use of a key that has just gone out of force is written down with its end.
+    let used = match row.doc.revoked {
+        Some(_) => {
+            let name = row.doc.name.clone();
+            let look = move |db: &mut Db| db.used_ms(&name);
+            app.directory().store.change(look).await?
+        }
+        None => used,
+    };
     let view = KeyView::of(&row, app.directory(), used);
     Ok((row, view, secret))
 }

@@ -156,6 +156,21 @@ impl Db {
         let _ = self.connection.execute_batch("ROLLBACK");
     }
 
+    /// Runs a change in a transaction of its own, without a thread and without followers.
+    ///
+    /// # Errors
+    /// The change's own, or the database's; then nothing has changed.
+    pub fn together<T>(&mut self, change: impl FnOnce(&mut Db) -> Result<T, Failure>) -> Result<T, Failure> {
+        self.begin()?;
+        match change(self) {
+            Ok(value) => self.commit().map(|_| value),
+            Err(failure) => {
+                self.abandon();
+                Err(failure)
+            }
+        }
+    }
+
     /// Runs one change within the transaction: all of it, or nothing.
     pub(super) fn attempt<T>(
         &mut self,

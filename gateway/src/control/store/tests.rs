@@ -18,6 +18,9 @@ impl Follow for Notes {
     fn used_since(&self, _: u64) -> Vec<(String, u64)> {
         Vec::new()
     }
+    fn used_of_ended(&mut self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
 }
 
 fn new_store() -> (TempDir, Store, Notes) {
