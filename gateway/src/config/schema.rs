@@ -3,6 +3,8 @@
 //! The comments are the descriptions in the JSON Schema that `gateway schema` prints, so they
 //! speak to the person who writes the file. Defaults stand in [`super::defaults`].
 
+mod relay;
+
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf};
 
 use ipnet::IpNet;
@@ -15,6 +17,8 @@ use super::{
     units::{Address, Bytes, Network, Secret, Span},
 };
 use crate::bounds::NAME_BYTES_MAX;
+
+pub use relay::{Gather, Relay};
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -44,6 +48,9 @@ pub struct Config {
     /// The data-plane threads.
     #[serde(default)]
     pub workers: Workers,
+    /// How streams are passed on.
+    #[serde(default)]
+    pub relay: Relay,
     /// Bounds of client connections and request bodies.
     #[serde(default)]
     pub http: Http,

@@ -22,7 +22,7 @@ use crate::{
     ledger::Journal,
     net::{
         clock,
-        runtime::{self, Engine, sleep, spawn},
+        runtime::{self, Engine, set_gather, sleep, spawn},
         tcp::{Listener, Sock, stop_listening},
     },
     serve::connection,
@@ -145,6 +145,7 @@ fn run(start: Start, ready: mpsc::Sender<io::Result<()>>) -> io::Result<()> {
             }
         }
         core.telemetry.beat(clock::monotonic_ns() / 1_000_000);
+        set_gather(core.shared.snapshot.load().gather);
         let _ = ready.send(Ok(()));
         drop(ready);
         live(&core, &sockets).await;
@@ -162,6 +163,8 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         let now_ns = clock::monotonic_ns();
         core.telemetry.beat(now_ns / 1_000_000);
         core.telemetry.publish_if_asked();
+        // Follows a reload.
+        set_gather(core.shared.snapshot.load().gather);
         if ticks.is_multiple_of(TICKS_PER_SWEEP) {
             core.pool.borrow_mut().sweep(now_ns);
         }

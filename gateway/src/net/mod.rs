@@ -9,6 +9,7 @@
 
 pub mod clock;
 pub mod conn;
+mod engine;
 pub mod mapped;
 pub mod process;
 pub mod race;

@@ -25,6 +25,8 @@ pub struct Snapshot {
     models: HashMap<Box<str>, Arc<Model>>,
     /// Bounds and times of the client's side.
     pub http: Http,
+    /// How long events of streams may be gathered.
+    pub gather: Duration,
     /// When the kernel shall drop a client.
     pub refusals: Rule,
 }
@@ -109,6 +111,7 @@ impl Snapshot {
             keys,
             models,
             http: compile_http(&config.http),
+            gather: config.relay.gather.0,
             refusals: Rule {
                 after: config.kernel.drop.after_refusals,
                 within: config.kernel.drop.within.0,

@@ -22,9 +22,8 @@ use crate::{
     ledger::record::Outcome,
     net::{
         Either, clock, race,
-        runtime::{Timer, yield_now},
+        runtime::{Streaming, Timer, yield_now},
         signal::Reached,
-        sleep,
     },
     serve::{
         account::Account,
@@ -39,13 +38,9 @@ const READ_FROM: usize = CHUNK_HEAD_BYTES_MAX;
 /// Where it ends at the latest: behind it there is room for a chunk's end.
 const READ_TO: usize = SCRATCH_BYTES - CHUNK_END.len();
 
-/// Reads of one stream in a row before other tasks get their turn, for engines where a wait may be over at once.
+/// Reads of one stream before other tasks get their turn and its own times are looked at: a wait may be over at once each
+/// time.
 const READS_IN_A_ROW: u32 = 16;
-
-/// Waits in a row that were over at once before the stream rests, and for how long: only then does the runtime look
-/// after its timers, this stream's and all others'.
-const READY_IN_A_ROW: u32 = 64;
-const REST: Duration = Duration::from_millis(1);
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
@@ -62,8 +57,6 @@ pub struct Stream {
     left_over: bool,
     /// The connection's end came within an event of which the client has a part.
     cut_mid_event: bool,
-    /// Waits in a row that were over at once.
-    ready_in_a_row: u32,
     /// When the last bytes came.
     last_ns: u64,
     /// When the last event came; 0 before the first.
@@ -102,7 +95,6 @@ impl Stream {
             unsent: Vec::new(),
             left_over: false,
             cut_mid_event: false,
-            ready_in_a_row: 0,
             last_ns: clock::monotonic_ns(),
             last_event_ns: 0,
         }
@@ -112,7 +104,9 @@ impl Stream {
     pub async fn run(mut self: Box<Stream>, client: &mut Client) -> Next {
         let core = self.core.clone();
         core.telemetry.counters().streams_opened.inc();
+        let streaming = Streaming::begin();
         let (next, upstream_is_whole) = self.relay(client).await;
+        drop(streaming);
         core.telemetry.counters().streams_closed.inc();
         if upstream_is_whole {
             let Stream {
@@ -145,11 +139,7 @@ impl Stream {
             reads += 1;
             if reads % READS_IN_A_ROW == 0 {
                 yield_now().await;
-            }
-            if self.ready_in_a_row >= READY_IN_A_ROW {
-                self.ready_in_a_row = 0;
-                sleep(REST).await;
-                // The upstream is ready whenever it is looked at, so nobody else was.
+                // The upstream may have been ready whenever it was looked at, so nobody else was.
                 if self.core.drain.level() >= STOP {
                     came = Came::Failed(Failure::Stop);
                     continue;
@@ -221,9 +211,7 @@ impl Stream {
             return Woken::Upstream;
         };
         let mut upstream = pin!(conn.readable());
-        let mut polls = 0;
-        let woken = std::future::poll_fn(|cx| {
-            polls += 1;
+        std::future::poll_fn(|cx| {
             if upstream.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Woken::Upstream);
             }
@@ -238,9 +226,7 @@ impl Stream {
             }
             stop.as_mut().poll(cx).map(|()| Woken::Stop)
         })
-        .await;
-        self.ready_in_a_row = if polls == 1 { self.ready_in_a_row + 1 } else { 0 };
-        woken
+        .await
     }
 
     /// Takes what the upstream sent and passes it on.
