@@ -95,7 +95,8 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
     let http = core.snapshot().http;
     let conn = match tls {
         None => Conn::plain(sock),
-        Some(config) => match handshake(&core, sock, &config, http.head_timeout).await {
+        // Boxed, as all that a connection does once: while it waits it has no room for it.
+        Some(config) => match Box::pin(handshake(&core, sock, &config, http.head_timeout)).await {
             Some(conn) => conn,
             None => return,
         },
@@ -118,12 +119,12 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
             Awaited::End => return client.conn.shutdown(),
             Awaited::TooSlow => {
                 let error = Error::new(Kind::RequestTimeout, "the request head did not come in time");
-                return client.refuse_head(&core, &error).await;
+                return Box::pin(client.refuse_head(&core, &error)).await;
             }
             Awaited::Bad(error) => {
                 let mut answer = Error::new(Kind::BadRequest, error.to_string());
                 answer.status = Some(error.status());
-                return client.refuse_head(&core, &answer).await;
+                return Box::pin(client.refuse_head(&core, &answer)).await;
             }
         }
         // Boxed: an idle connection holds no room for a request's state, and a stream, which may run for minutes, none
@@ -135,7 +136,7 @@ pub async fn run(core: Rc<Core>, sock: Rc<Sock>, peer: SocketAddr, tls: Option<A
         match next {
             Next::KeepAlive if core.drain.level() < DRAIN => {}
             Next::KeepAlive => return client.conn.shutdown(),
-            Next::Close => return client.linger(&core).await,
+            Next::Close => return Box::pin(client.linger(&core)).await,
             Next::Gone => return,
         }
         idle = http.idle_timeout;

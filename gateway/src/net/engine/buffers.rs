@@ -19,7 +19,7 @@ pub const BUFFERS: u16 = 512;
 
 /// Buffers that are handed to the kernel at first, and how many more each time they do not suffice: the kernel takes
 /// them in turn, so that each one handed out becomes resident.
-const BUFFERS_STEP: u16 = 32;
+const BUFFERS_STEP: u16 = 16;
 
 /// The one buffer group of a ring.
 pub const GROUP: u16 = 0;

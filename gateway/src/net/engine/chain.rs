@@ -66,6 +66,16 @@ impl Links {
         })
     }
 
+    /// Bytes of a chain that have not been taken.
+    pub fn bytes(&self, chain: &Chain) -> usize {
+        let (mut buffer, mut bytes) = (chain.head, 0);
+        while buffer != NONE {
+            bytes += self.bytes[usize::from(buffer)] as usize;
+            buffer = self.next[usize::from(buffer)];
+        }
+        bytes - chain.offset as usize
+    }
+
     /// Takes `bytes` of the first buffer. Returns the buffer when nothing is left of it.
     pub fn consume(&mut self, chain: &mut Chain, bytes: usize) -> Option<u16> {
         let buffer = chain.head;
@@ -115,6 +125,7 @@ mod tests {
                 }
                 for (chain, bytes) in chains.iter().zip(&model) {
                     prop_assert_eq!(chain.is_empty(), bytes.is_empty());
+                    prop_assert_eq!(links.bytes(chain), bytes.len());
                 }
             }
             for chain in &mut chains {

@@ -475,6 +475,11 @@ impl Ring {
     fn spill(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         slot.is_touched = false;
+        if slot.received.is_empty() {
+            return;
+        }
+        slot.spill.drain(..std::mem::take(&mut slot.spill_read));
+        slot.spill.reserve_exact(self.links.bytes(&slot.received));
         while let Some((number, range)) = self.links.first(&slot.received) {
             let n = range.len();
             slot.spill.extend_from_slice(self.buffers.bytes(number, range));

@@ -72,12 +72,14 @@ pub async fn run(
     };
     match received {
         Ok(()) => {}
-        Err(Ended::Failed(failure)) => return fail(client, core, failure, account, &terms).await,
+        // Boxed, as everything that few requests come to: every request would have room for it.
+        Err(Ended::Failed(failure)) => return Box::pin(fail(client, core, failure, account, &terms)).await,
         Err(Ended::ClientGone) => return client_gone(account),
     }
     account.first_byte(clock::monotonic_ns());
     if !body.done {
-        return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
+        let long = relay_long(client, core, upstream, account, terms, &head_bytes, body);
+        return Box::pin(long).await;
     }
     account.sent(body.bytes.len());
     settle(
