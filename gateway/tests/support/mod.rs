@@ -324,7 +324,10 @@ impl Setup {
             providers: String::new(),
             further_models: String::new(),
             keys: String::new(),
-            more: format!("kernel: {{ mode: \"off\" }}\nworkers: {{ threads: 2, driver: {} }}\n", driver()),
+            more: format!(
+                "kernel: {{ mode: \"off\" }}\nworkers: {{ threads: 2, driver: {} }}\n",
+                driver()
+            ),
             timeouts: "{ connect: 2s, first_token: 20s, idle: 20s, total: 5m }".into(),
         }
     }

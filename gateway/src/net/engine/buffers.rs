@@ -106,7 +106,9 @@ impl Buffers {
     /// Bytes of a buffer that a completion has handed to this process and that has not been given back.
     pub fn bytes(&self, buffer: u16, range: Range<usize>) -> &[u8] {
         assert!(buffer < BUFFERS && range.start <= range.end && range.end <= BUFFER_BYTES);
-        let from = self.bytes.wrapping_add(usize::from(buffer) * BUFFER_BYTES + range.start);
+        let from = self
+            .bytes
+            .wrapping_add(usize::from(buffer) * BUFFER_BYTES + range.start);
         // SAFETY: within the mapping by the assertion; initialised (zeroes at least); the kernel does not write to a
         // buffer between its completion and its return by `give`, which takes `&mut self`.
         unsafe { slice::from_raw_parts(from, range.len()) }

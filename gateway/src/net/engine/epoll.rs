@@ -190,7 +190,14 @@ impl Epoll {
         };
         let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
         // SAFETY: no address is asked for; the descriptor is the slot's own.
-        let fd = unsafe { libc::accept4(slot.fd.as_raw_fd(), std::ptr::null_mut(), std::ptr::null_mut(), flags) };
+        let fd = unsafe {
+            libc::accept4(
+                slot.fd.as_raw_fd(),
+                std::ptr::null_mut(),
+                std::ptr::null_mut(),
+                flags,
+            )
+        };
         if fd >= 0 {
             return Poll::Ready(Ok(fd));
         }

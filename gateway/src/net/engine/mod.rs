@@ -9,6 +9,7 @@ mod chain;
 mod epoll;
 mod ring;
 mod slot;
+mod spare;
 mod tasks;
 mod timers;
 
@@ -128,7 +129,9 @@ fn park(local: &Local) {
     if !any_ready() {
         wait = WAIT_MAX;
         if let Some(next_ns) = local.timers.borrow().next_ns() {
-            wait = wait.min(Duration::from_nanos(next_ns.saturating_sub(clock::monotonic_ns())));
+            wait = wait.min(Duration::from_nanos(
+                next_ns.saturating_sub(clock::monotonic_ns()),
+            ));
         }
     }
     let gather = if local.streams.get() > 0 {
@@ -240,8 +243,11 @@ impl Future for Timer {
 }
 
 fn after(time: Duration) -> u64 {
-    let deadline_ns = clock::monotonic_ns().saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
-    deadline_ns.checked_next_multiple_of(TIMER_STEP_NS).unwrap_or(u64::MAX)
+    let deadline_ns =
+        clock::monotonic_ns().saturating_add(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX));
+    deadline_ns
+        .checked_next_multiple_of(TIMER_STEP_NS)
+        .unwrap_or(u64::MAX)
 }
 
 /// Calls `f` with the driver that a socket belongs to.

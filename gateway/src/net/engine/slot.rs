@@ -69,7 +69,7 @@ pub struct Slot {
     /// Why sending has failed (errno); 0: it has not.
     pub broken: i32,
     /// Of a listener: connections that nobody has taken yet.
-    pub accepted: Option<Box<VecDeque<io::Result<RawFd>>>>,
+    pub accepted: Option<VecDeque<io::Result<RawFd>>>,
     /// When a closing socket last made progress, nanoseconds of the monotonic clock.
     pub moved_ns: u64,
 }
@@ -123,11 +123,6 @@ impl Slot {
     /// Whether a write would bring something: room, an error, or the news that the peer takes bytes.
     pub fn is_writable(&self) -> bool {
         self.broken != 0 || (!self.blocked && (self.progress || self.queue.len() < QUEUE_BYTES_MAX))
-    }
-
-    /// Whether the next completed send matters to somebody at once.
-    pub fn is_watched(&self) -> bool {
-        self.writer.is_some() || self.closing || self.end_wanted
     }
 
     /// Wakes who waits to read.
