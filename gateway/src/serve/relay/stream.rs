@@ -127,13 +127,14 @@ impl Stream {
         let mut stop = pin!(self.core.drain.reached(STOP));
         let mut reads = 0;
         loop {
-            if !self.flush(client, &mut stop).await {
+            // Boxed, as the failure: a stream that waits has no room for what few streams come to.
+            if self.has_unsent(client) && !Box::pin(self.flush(client, &mut stop)).await {
                 came = Came::ClientGone;
             }
             match came {
                 Came::More => {}
                 Came::End => return (self.next(), true),
-                Came::Failed(failure) => return (self.fail(client, failure).await, false),
+                Came::Failed(failure) => return (Box::pin(self.fail(client, failure)).await, false),
                 Came::ClientGone => return (self.client_gone(), false),
             }
             reads += 1;
@@ -187,6 +188,9 @@ impl Stream {
         self.terms.head = head;
         let received = std::mem::take(&mut self.upstream.received);
         self.unsent = answer::relayed(&self.upstream.head, &received, framing, &self.terms.report, head);
+        // Where the fields of both heads stand is of no use any more, and the stream may run for minutes.
+        self.upstream.head.fields = Vec::new();
+        client.head.fields = Vec::new();
         let mut came = Came::More;
         for part in received[self.upstream.head.len..].chunks(READ_TO - READ_FROM) {
             let core = self.core.clone();
@@ -333,12 +337,13 @@ impl Stream {
         true
     }
 
+    fn has_unsent(&self, client: &Client) -> bool {
+        !self.unsent.is_empty() || client.conn.has_unsent()
+    }
+
     /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
     /// meanwhile. False: the client is gone, or takes nothing for too long.
     async fn flush(&mut self, client: &mut Client, stop: &mut Pin<&mut Reached>) -> bool {
-        if self.unsent.is_empty() && !client.conn.has_unsent() {
-            return true;
-        }
         let unsent = std::mem::take(&mut self.unsent);
         let stall = client.stall;
         // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.
