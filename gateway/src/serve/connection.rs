@@ -15,7 +15,7 @@ use crate::{
     core::{Core, DRAIN, STOP},
     error::{Dialect, Error, Kind},
     http::head::{HeadError, RequestHead},
-    net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
+    net::{Conn, Either, clock, race, runtime::yield_now, sleep, tcp::Sock, tls},
 };
 
 /// How long a connection that is closed after an error is read on, so that the client gets to see the error
@@ -27,11 +27,9 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 /// waits in the kernel, and its hang-up is then noticed by writing only.
 const AHEAD_BYTES_MAX: usize = 64 * 1024;
 
-/// Requests in a row that a client may have sent before the answer to the one before, and how long its connection
-/// then rests: it would otherwise have the core for itself, ticks and all. The rest is a timer because the runtime
-/// looks after its timers only when no task is ready, so that a mere yield would not do.
+/// Requests in a row that a client may have sent before the answer to the one before; then others have their turn: it
+/// would otherwise have the core for itself, ticks and all.
 const HEADS_IN_A_ROW: u32 = 64;
-const REST: Duration = Duration::from_millis(1);
 
 /// What a request leaves its connection as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,7 +182,7 @@ impl Client {
         };
         if self.heads_in_a_row >= HEADS_IN_A_ROW {
             self.heads_in_a_row = 0;
-            sleep(REST).await;
+            yield_now().await;
         }
         loop {
             if !self.inbuf.is_empty() {
