@@ -31,7 +31,7 @@ everything_but() {
 uses() { echo "\bcrate::($1)\b|^use crate::\{.*\b($1)::|^    ($1)(::|,)"; }
 
 forbid "unsafe belongs to net/ and kernel/" '\bunsafe\b' $(everything_but net kernel)
-forbid "monoio belongs to net/ and core/" '\bmonoio::' $(everything_but net core)
+forbid "io_uring belongs to net/" '\bio_uring::' $(everything_but net)
 forbid "aya belongs to kernel/" '\b(aya|aya_log)::' $(everything_but kernel)
 forbid "tokio belongs to the control thread" '\b(tokio|tokio_uring|axum)::' $(everything_but control cli telemetry)
 forbid "redis belongs to control/cluster/" '\bredis::' $(everything_but control)

@@ -8,6 +8,7 @@ mod kernel;
 mod ledger;
 mod listener;
 pub mod prices;
+mod relay;
 
 pub use ledger::*;
 
@@ -32,6 +33,7 @@ mod store;
 pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
 pub use limits::*;
 pub use listener::{Certificate, ClientHeader, Listener, ProxyProtocol, Tls};
+pub use relay::{Gather, Relay};
 pub use store::*;
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
@@ -74,6 +76,9 @@ pub struct Config {
     /// The data-plane threads.
     #[serde(default)]
     pub workers: Workers,
+    /// How streams are passed on.
+    #[serde(default)]
+    pub relay: Relay,
     /// Bounds of client connections and request bodies.
     #[serde(default)]
     pub http: Http,

@@ -22,7 +22,7 @@ use crate::{
     ledger::Journal,
     net::{
         clock,
-        runtime::{self, Engine, sleep, spawn},
+        runtime::{self, Engine, set_gather, sleep, spawn},
         tcp::{Listener, Sock, stop_listening},
     },
     serve::{connection, trust::Trust},
@@ -147,6 +147,7 @@ fn run(start: Start, ready: mpsc::Sender<io::Result<()>>) -> io::Result<()> {
             }
         }
         core.telemetry.beat(clock::monotonic_ns() / 1_000_000);
+        set_gather(core.shared.snapshot.load().gather);
         let _ = ready.send(Ok(()));
         drop(ready);
         live(&core, &sockets).await;
@@ -166,6 +167,8 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         core.telemetry.publish_if_asked();
         core.turn_journal();
         core.follow_blocks(now_ns);
+        // Follows a reload.
+        set_gather(core.shared.snapshot.load().gather);
         if ticks.is_multiple_of(TICKS_PER_SWEEP) {
             core.pool.borrow_mut().sweep(now_ns);
         }

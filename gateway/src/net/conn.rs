@@ -1,6 +1,7 @@
 //! A byte stream, plain or TLS, with the same calls.
 
 use std::{
+    future::Future,
     io::{self, IoSlice, Read, Write},
     rc::Rc,
     time::Duration,
@@ -31,7 +32,13 @@ impl Conn {
     }
 
     /// Does the TLS handshake within `time`. Errors: the peer's alert, a bad certificate, silence.
-    pub async fn tls(sock: Rc<Sock>, session: rustls::Connection, time: Duration) -> io::Result<Conn> {
+    ///
+    /// Not an `async fn`, which would hold the session's thousand bytes beside its box.
+    pub fn tls(
+        sock: Rc<Sock>,
+        session: rustls::Connection,
+        time: Duration,
+    ) -> impl Future<Output = io::Result<Conn>> {
         let mut conn = Conn {
             sock,
             tls: Some(Box::new(Session {
@@ -39,9 +46,11 @@ impl Conn {
                 has_plaintext: false,
             })),
         };
-        match race(conn.handshake(), sleep(time)).await {
-            Either::First(done) => done.map(|()| conn),
-            Either::Second(()) => Err(io::ErrorKind::TimedOut.into()),
+        async move {
+            match race(conn.handshake(), sleep(time)).await {
+                Either::First(done) => done.map(|()| conn),
+                Either::Second(()) => Err(io::ErrorKind::TimedOut.into()),
+            }
         }
     }
 

@@ -1,14 +1,16 @@
 //! The only door to I/O of the data plane: sockets, TLS, timers, the clock.
 //!
-//! Sockets are used by readiness: wait until a descriptor is readable, then take what is there with
-//! a call that never waits. So a waiting connection owns no buffer, every wait can be dropped without
-//! losing a byte, and TLS, which wants to be asked again and again, fits the same shape. The waits
-//! go through the runtime (monoio: one io_uring poll entry, or epoll where io_uring is forbidden).
+//! Each data-plane thread has an engine of its own (`engine`): tasks, timers, and sockets on io_uring, or on epoll where
+//! io_uring is forbidden or too old. What a socket offers is the same on both: take what has arrived, hand bytes over,
+//! and wait until one of them is worth trying. No wait holds a buffer of its own, and every wait can be dropped without
+//! losing a byte; so a hang-up, a deadline and a drain can race it, and TLS, which wants to be asked again and again, fits
+//! the same shape.
 //!
-//! Architecture invariant: nothing outside `net/` and `core/` names the runtime.
+//! Architecture invariant: nothing outside `net/` names io_uring or epoll.
 
 pub mod clock;
 pub mod conn;
+mod engine;
 pub mod mapped;
 pub mod process;
 pub mod race;

@@ -1,23 +1,16 @@
-//! The data plane's runtime: monoio on io_uring, or on epoll where io_uring is forbidden.
+//! The data plane's runtime: the engine on io_uring, or on epoll where io_uring is forbidden or too old.
 
-use std::{
-    future::Future,
-    io,
-    pin::Pin,
-    task::{Context, Poll},
-    time::Duration,
-};
+use std::{future::Future, io, task::Poll, time::Duration};
 
+use super::engine;
 use crate::config::schema::Driver;
 
-/// Submission queue entries of one core's ring. One entry per wait that starts in the same turn;
-/// when more start, monoio submits early, so it bounds a batch and not the connections.
-const RING_ENTRIES: u32 = 4096;
+pub use super::engine::{Streaming, Timer, set_gather, spawn};
 
 /// The driver that a core really uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Engine {
-    /// io_uring.
+    /// io_uring, as of Linux 6.1.
     IoUring,
     /// epoll.
     Epoll,
@@ -39,83 +32,30 @@ pub fn choose(driver: Driver) -> io::Result<Engine> {
     if driver == Driver::Epoll {
         return Ok(Engine::Epoll);
     }
-    match monoio::RuntimeBuilder::<monoio::IoUringDriver>::new()
-        .with_entries(16)
-        .build()
-    {
-        Ok(_) if monoio::utils::detect_uring() => Ok(Engine::IoUring),
-        Ok(_) if driver == Driver::Auto => Ok(Engine::Epoll),
-        Ok(_) => Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            "this kernel's io_uring lacks needed operations",
-        )),
+    match engine::probe() {
+        Ok(()) => Ok(Engine::IoUring),
         Err(_) if driver == Driver::Auto => Ok(Engine::Epoll),
+        // What the kernel does not know it calls invalid.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this kernel's io_uring lacks needed operations (Linux 6.1)",
+        )),
         Err(error) => Err(error),
     }
 }
 
 /// Runs `main` on this thread to its end. Tasks that [`spawn`] started end with it.
 pub fn run<F: Future>(engine: Engine, main: F) -> io::Result<F::Output> {
-    match engine {
-        Engine::IoUring => {
-            let mut runtime = Err(io::ErrorKind::Unsupported.into());
-            for ring in rings() {
-                let builder =
-                    monoio::RuntimeBuilder::<monoio::IoUringDriver>::new().with_entries(RING_ENTRIES);
-                runtime = builder.uring_builder(ring).enable_timer().build();
-                if runtime.is_ok() {
-                    break;
-                }
-            }
-            Ok(runtime?.block_on(main))
-        }
-        Engine::Epoll => {
-            let builder = monoio::RuntimeBuilder::<monoio::LegacyDriver>::new();
-            Ok(builder.enable_timer().build()?.block_on(main))
-        }
-    }
-}
-
-/// The ways to set up a ring, the cheapest first; older kernels know only the later ones. Without a flag the kernel
-/// interrupts the thread for each completion. With `DEFER_TASKRUN` (6.1) completions are made when the thread
-/// asks for them, all at once; with `COOP_TASKRUN` (5.19) whenever it makes a system call (io_uring_setup(2)). Measured
-/// with `bench/run.sh --scenarios busy`: 12.9, 13.5 and 17.4 us an event.
-fn rings() -> [io_uring::Builder; 3] {
-    let plain = io_uring::IoUring::builder();
-    let (mut deferred, mut cooperative) = (plain.clone(), plain.clone());
-    deferred.setup_single_issuer().setup_defer_taskrun();
-    cooperative.setup_coop_taskrun();
-    [deferred, cooperative, plain]
-}
-
-/// Starts a task on this core.
-pub fn spawn(task: impl Future<Output = ()> + 'static) {
-    drop(monoio::spawn(task));
+    let kind = match engine {
+        Engine::IoUring => engine::Kind::Ring,
+        Engine::Epoll => engine::Kind::Epoll,
+    };
+    engine::run(kind, main)
 }
 
 /// Waits `time`; granularity one millisecond.
-pub fn sleep(time: Duration) -> impl Future<Output = ()> {
-    monoio::time::sleep(time)
-}
-
-/// A timer that is kept over many waits.
-pub struct Timer(Pin<Box<monoio::time::Sleep>>);
-
-impl Timer {
-    /// Fires after `time`.
-    pub fn new(time: Duration) -> Timer {
-        Timer(Box::pin(monoio::time::sleep(time)))
-    }
-
-    /// Fires after `time` from now, whether it has fired before or not.
-    pub fn reset(&mut self, time: Duration) {
-        self.0.as_mut().reset(monoio::time::Instant::now() + time);
-    }
-
-    /// Whether it has fired; wakes the task when it does.
-    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.0.as_mut().poll(cx)
-    }
+pub fn sleep(time: Duration) -> Timer {
+    Timer::new(time)
 }
 
 /// Lets the core's other tasks run.

@@ -1,18 +1,24 @@
-//! TCP sockets by readiness.
+//! TCP sockets.
 
 use std::{
-    future::Future,
+    cell::Cell,
+    future::{Future, poll_fn},
     io::{self, IoSlice},
     net::{SocketAddr, TcpListener as StdListener},
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    pin::Pin,
     rc::Rc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use monoio::net::{TcpListener, TcpStream};
 use socket2::{Domain, Protocol, SockRef, Socket, Type};
 
-use super::{Either, race, sleep};
+use super::{
+    Either,
+    engine::{self, Key, Role},
+    race, sleep,
+};
 
 /// Connections that the kernel may hold ready per listening socket; the kernel cuts it to
 /// `net.core.somaxconn` (4096 by default).
@@ -49,24 +55,40 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
 }
 
 /// A listening socket of this core.
-pub struct Listener(TcpListener);
+pub struct Listener {
+    key: Key,
+    fd: RawFd,
+}
 
 impl Listener {
-    /// Takes a socket made by [`listen`] into this core's runtime.
+    /// Takes a socket made by [`listen`] into this core's engine.
     pub fn new(socket: StdListener) -> io::Result<Listener> {
-        Ok(Listener(TcpListener::from_std(socket)?))
+        let fd = socket.as_raw_fd();
+        let key = engine::add(socket.into(), Role::Listening)?;
+        Ok(Listener { key, fd })
     }
 
-    /// Waits for the next connection. Never drop this future while the listener shall go on: the
-    /// runtime would leak the accepted descriptor.
+    /// Waits for the next connection.
     pub async fn accept(&self) -> io::Result<(Rc<Sock>, SocketAddr)> {
-        let (stream, peer) = self.0.accept().await?;
-        Ok((Rc::new(Sock::new(stream)), peer))
+        loop {
+            let fd = poll_fn(|cx| engine::poll_accept(self.key, cx)).await?;
+            // One that was reset before it could be looked at has no peer.
+            let peer = SockRef::from(&fd).peer_addr().ok();
+            if let Some(peer) = peer.and_then(|peer| peer.as_socket()) {
+                return Ok((Rc::new(Sock::new(fd, Role::Connected)?), peer));
+            }
+        }
     }
 
     /// The listening descriptor.
     pub fn fd(&self) -> RawFd {
-        self.0.as_raw_fd()
+        self.fd
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        engine::close(self.key, false);
     }
 }
 
@@ -79,119 +101,151 @@ pub fn stop_listening(fd: RawFd) {
 
 /// A connected socket.
 pub struct Sock {
-    stream: TcpStream,
+    key: Key,
     fd: RawFd,
+    /// The close shall be a reset.
+    reset: Cell<bool>,
 }
 
 impl AsFd for Sock {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the descriptor is the stream's, which lives as long as `self`.
+        // SAFETY: the engine closes the descriptor after `close`, which is called when `self` is dropped.
         unsafe { BorrowedFd::borrow_raw(self.fd) }
     }
 }
 
 impl Sock {
-    fn new(stream: TcpStream) -> Sock {
-        let fd = stream.as_raw_fd();
-        let _ = stream.set_nodelay(true);
-        let sock = Sock { stream, fd };
-        let _ = SockRef::from(&sock).set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
-        sock
+    fn new(fd: OwnedFd, role: Role) -> io::Result<Sock> {
+        let sock = SockRef::from(&fd);
+        let _ = sock.set_tcp_nodelay(true);
+        let _ = sock.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
+        let raw = fd.as_raw_fd();
+        Ok(Sock {
+            key: engine::add(fd, role)?,
+            fd: raw,
+            reset: Cell::new(false),
+        })
     }
 
     /// Connects within `time`.
     pub async fn connect(address: SocketAddr, time: Duration) -> io::Result<Rc<Sock>> {
-        match race(TcpStream::connect_addr(address), sleep(time)).await {
-            Either::First(stream) => Ok(Rc::new(Sock::new(stream?))),
-            Either::Second(()) => Err(io::ErrorKind::TimedOut.into()),
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+        socket.set_nonblocking(true)?;
+        match socket.connect(&address.into()) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
+            Err(error) => return Err(error),
         }
+        let sock = Sock::new(socket.into(), Role::Connecting)?;
+        match race(sock.writable(), sleep(time)).await {
+            Either::First(()) => {}
+            Either::Second(()) => return Err(io::ErrorKind::TimedOut.into()),
+        }
+        if let Some(error) = SockRef::from(&sock).take_error()? {
+            return Err(error);
+        }
+        engine::connected(sock.key);
+        Ok(Rc::new(sock))
     }
 
     /// Takes what has arrived. `None`: nothing yet; `Some(0)`: the peer has ended its side.
     pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        // SAFETY: the pointer and the length are those of `buffer`, which lives over the call.
-        let got = unsafe {
-            libc::recv(
-                self.fd,
-                buffer.as_mut_ptr().cast(),
-                buffer.len(),
-                libc::MSG_DONTWAIT,
-            )
-        };
-        settle(got)
+        engine::try_read(self.key, buffer)
     }
 
     /// Whether something has arrived, without taking it: `None` nothing, `Some(false)` bytes,
-    /// `Some(true)` the end or an error.
+    /// `Some(true)` the end or an error. With io_uring what has come since the core's last turn is not seen yet.
     pub fn peek(&self) -> Option<bool> {
-        let mut byte = 0_u8;
-        // SAFETY: one byte is written at most, into a local that lives over the call.
-        let got = unsafe {
-            libc::recv(
-                self.fd,
-                (&raw mut byte).cast(),
-                1,
-                libc::MSG_DONTWAIT | libc::MSG_PEEK,
-            )
-        };
-        match settle(got) {
-            Ok(None) => None,
-            Ok(Some(n)) => Some(n == 0),
-            Err(_) => Some(true),
-        }
+        engine::peek(self.key)
     }
 
     /// As [`Sock::try_read`], but what has arrived stays where it is.
     pub fn try_peek(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
-        const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_PEEK;
-        // SAFETY: the pointer and the length are those of `buffer`, which lives over the call.
-        settle(unsafe { libc::recv(self.fd, buffer.as_mut_ptr().cast(), buffer.len(), FLAGS) })
+        engine::try_peek(self.key, buffer)
     }
 
-    /// Hands bytes to the kernel. `None`: it takes none now.
+    /// Takes bytes to be sent. `None`: there is no room now.
     pub fn try_write(&self, bytes: &[u8]) -> io::Result<Option<usize>> {
-        const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: the pointer and the length are those of `bytes`, which lives over the call.
-        settle(unsafe { libc::send(self.fd, bytes.as_ptr().cast(), bytes.len(), FLAGS) })
+        self.try_write_vectored(&[IoSlice::new(bytes)])
     }
 
-    /// Hands several pieces to the kernel in one call. `None`: it takes none now.
+    /// Takes several pieces to be sent, in order. `None`: there is no room now. What was taken is sent also when the
+    /// socket is dropped; that it could not be sent is told by a later call.
     pub fn try_write_vectored(&self, pieces: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
-        const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: msghdr is plain data for which all zeroes is valid.
-        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-        // IoSlice is guaranteed to have the layout of iovec on Unix; sendmsg only reads it.
-        message.msg_iov = pieces.as_ptr().cast_mut().cast();
-        message.msg_iovlen = pieces.len() as _;
-        // SAFETY: the pieces live over the call and are only read.
-        settle(unsafe { libc::sendmsg(self.fd, &message, FLAGS) })
+        engine::try_write(self.key, pieces)
     }
 
-    /// Waits until there is something to read, or the peer has ended or reset. May return without cause.
-    pub fn readable(self: &Rc<Self>) -> impl Future<Output = ()> + 'static {
-        let sock = self.clone();
-        async move {
-            // An error here is seen by the read that follows.
-            let _ = sock.stream.readable(false).await;
-        }
+    /// Waits until there is something to read, or the peer has ended or reset. May return without cause. One task at a
+    /// time can wait to read.
+    pub fn readable(self: &Rc<Self>) -> Readable {
+        Readable(self.clone())
     }
 
-    /// Waits until the kernel takes bytes again. May return without cause.
+    /// Waits until there is room to write. May return without cause. One task at a time can wait to write.
     pub async fn writable(&self) {
-        let _ = self.stream.writable(false).await;
+        poll_fn(|cx| engine::poll_writable(self.key, cx)).await;
     }
 
-    /// Tells the peer that nothing more will come from this side.
+    /// Tells the peer that nothing more will come from this side, behind what has been written.
     pub fn shutdown_write(&self) {
-        // SAFETY: shutdown has no memory effects; the descriptor is this socket's own.
-        unsafe { libc::shutdown(self.fd, libc::SHUT_WR) };
+        engine::shutdown_write(self.key);
     }
 
     /// Makes the coming close a reset, so that the peer cannot take a cut answer for a whole one and the
     /// kernel keeps nothing of it.
     pub fn reset_on_close(&self) {
-        let _ = SockRef::from(self).set_linger(Some(Duration::ZERO));
+        self.reset.set(true);
+        linger_zero(self.fd);
     }
+}
+
+impl Drop for Sock {
+    fn drop(&mut self) {
+        engine::close(self.key, self.reset.get());
+    }
+}
+
+/// See [`Sock::readable`].
+pub struct Readable(Rc<Sock>);
+
+impl Future for Readable {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        engine::poll_readable(self.0.key, cx)
+    }
+}
+
+/// Receives without waiting. `None`: nothing has come.
+pub(super) fn receive_now(fd: RawFd, buffer: &mut [u8], flags: i32) -> io::Result<Option<usize>> {
+    let flags = flags | libc::MSG_DONTWAIT;
+    // SAFETY: the pointer and the length are those of `buffer`, which lives over the call.
+    settle(unsafe { libc::recv(fd, buffer.as_mut_ptr().cast(), buffer.len(), flags) })
+}
+
+/// Hands several pieces to the kernel without waiting. `None`: it takes none now.
+pub(super) fn send_now(fd: RawFd, pieces: &[IoSlice<'_>]) -> io::Result<Option<usize>> {
+    const FLAGS: i32 = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: msghdr is plain data for which all zeroes is valid.
+    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+    // IoSlice is guaranteed to have the layout of iovec on Unix; sendmsg only reads it.
+    message.msg_iov = pieces.as_ptr().cast_mut().cast();
+    message.msg_iovlen = pieces.len() as _;
+    // SAFETY: the pieces live over the call and are only read.
+    settle(unsafe { libc::sendmsg(fd, &message, FLAGS) })
+}
+
+/// Ends the sending side of a socket.
+pub(super) fn end_sending(fd: RawFd) {
+    // SAFETY: shutdown has no memory effects.
+    unsafe { libc::shutdown(fd, libc::SHUT_WR) };
+}
+
+/// Makes the coming close of a socket a reset.
+pub(super) fn linger_zero(fd: RawFd) {
+    // SAFETY: the engine, which calls this, keeps the descriptor open over the call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let _ = SockRef::from(&fd).set_linger(Some(Duration::ZERO));
 }
 
 /// Turns the result of a system call on a socket into ours.

@@ -24,6 +24,8 @@ const RETRY_AFTER_S: u64 = 1;
 pub struct Body {
     bytes: Vec<u8>,
     share: Share,
+    /// Its first capacity.
+    first: usize,
 }
 
 impl Body {
@@ -32,6 +34,7 @@ impl Body {
         Body {
             bytes: Vec::new(),
             share: Share::new(core),
+            first: FIRST_BYTES,
         }
     }
 
@@ -51,7 +54,7 @@ impl Body {
         if wanted <= counted {
             return Ok(());
         }
-        let target = wanted.max(counted * 2).max(FIRST_BYTES).min(body_max);
+        let target = wanted.max(counted * 2).max(self.first).min(body_max);
         if self.share.all_bytes() + (target - counted) > bodies_max {
             let full = "the gateway holds too many request bodies; try again";
             return Err(Error {
@@ -138,6 +141,7 @@ async fn receive_length(
     (body_max, bodies_max): (usize, usize),
     silence: Duration,
 ) -> Result<(), Failed> {
+    body.first = length.min(FIRST_BYTES);
     let here = client.inbuf.len().min(length);
     body.reserve(here, body_max, bodies_max)?;
     body.bytes.extend(client.inbuf.drain(..here));

@@ -9,7 +9,7 @@ use crate::{
     core::{Core, DRAIN, STOP, seats::Seat},
     error::{Dialect, Error, Kind},
     http::head::{HeadError, RequestHead},
-    net::{Conn, Either, clock, race, sleep, tcp::Sock, tls},
+    net::{Conn, Either, clock, race, runtime::yield_now, sleep, tcp::Sock, tls},
     quota::refusals::{Origin, Via},
     telemetry::clients::Event,
 };
@@ -23,11 +23,9 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 /// waits in the kernel, and its hang-up is then noticed by writing only.
 const AHEAD_BYTES_MAX: usize = 64 * 1024;
 
-/// Requests in a row that a client may have sent before the answer to the one before, and how long its connection
-/// then rests: it would otherwise have the core for itself, ticks and all. The rest is a timer because the runtime
-/// looks after its timers only when no task is ready, so that a mere yield would not do.
+/// Requests in a row that a client may have sent before the answer to the one before; then others have their turn: it
+/// would otherwise have the core for itself, ticks and all.
 const HEADS_IN_A_ROW: u32 = 64;
-const REST: Duration = Duration::from_millis(1);
 
 /// What a request leaves its connection as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -115,7 +113,8 @@ pub async fn run(
     sitting.seat.serve((hop.via != Via::Proxy).then_some(hop));
     let conn = match tls {
         None => Conn::plain(sock),
-        Some(config) => match handshake(&core, sock, &config, http.head_timeout).await {
+        // Boxed, as all that a connection does once: while it waits it has no room for it.
+        Some(config) => match Box::pin(handshake(&core, sock, &config, http.head_timeout)).await {
             Some(conn) => conn,
             None => return,
         },
@@ -140,7 +139,7 @@ pub async fn run(
             Awaited::End => return client.conn.shutdown(),
             Awaited::TooSlow => {
                 let error = Error::new(Kind::RequestTimeout, "the request head did not come in time");
-                return client.refuse_head(&core, &error).await;
+                return Box::pin(client.refuse_head(&core, &error)).await;
             }
             Awaited::TurnedAway => {
                 core.telemetry.counters().clients_turned_away.inc();
@@ -149,7 +148,7 @@ pub async fn run(
             Awaited::Bad(error) => {
                 let mut answer = Error::new(Kind::BadRequest, error.to_string());
                 answer.status = Some(error.status());
-                return client.refuse_head(&core, &answer).await;
+                return Box::pin(client.refuse_head(&core, &answer)).await;
             }
         }
         // Boxed: an idle connection holds no room for a request's state, and a stream, which may run for minutes, none
@@ -161,7 +160,7 @@ pub async fn run(
         match next {
             Next::KeepAlive if core.drain.level() < DRAIN => {}
             Next::KeepAlive => return client.conn.shutdown(),
-            Next::Close => return client.linger(&core).await,
+            Next::Close => return Box::pin(client.linger(&core)).await,
             Next::Gone => return,
         }
         client.forget_request();
@@ -245,7 +244,7 @@ impl Client {
         };
         if self.heads_in_a_row >= HEADS_IN_A_ROW {
             self.heads_in_a_row = 0;
-            sleep(REST).await;
+            yield_now().await;
         }
         loop {
             if !self.inbuf.is_empty() {

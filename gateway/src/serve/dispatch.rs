@@ -168,7 +168,9 @@ async fn attempt(
             _ => return note(core, endpoint, result),
         }
     }
-    if let Some(conn) = connect(core, endpoint, order.model.timeouts.connect).await {
+    // Boxed: most requests find a kept connection, and have no room for the making of one.
+    let new = Box::pin(connect(core, endpoint, order.model.timeouts.connect)).await;
+    if let Some(conn) = new {
         core.telemetry.counters().upstream_connects.inc();
         let mut upstream = Upstream::new(core, endpoint, conn);
         result = exchange(core, order, target, &mut upstream, account)

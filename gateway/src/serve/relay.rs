@@ -65,7 +65,9 @@ pub async fn run(
     terms: Terms,
 ) -> Served {
     if matches!(upstream.head.status, 401 | 403) {
-        return Served::Done(refused_credential(client, core, upstream, account, &terms).await);
+        // Boxed, as everything that few requests come to: every request would have room for it.
+        let refused = Box::pin(refused_credential(client, core, upstream, account, &terms));
+        return Served::Done(refused.await);
     }
     // One without a byte has no end that could come behind its head.
     let is_stream = upstream.head.status == 200

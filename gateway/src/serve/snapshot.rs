@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub user_header: Option<Box<str>>,
     /// Bounds and times of the client's side.
     pub http: Http,
+    /// How long events of streams may be gathered.
+    pub gather: Duration,
     /// When the kernel shall drop a client.
     pub refusals: Rule,
     /// Requests are served although they cannot be recorded.
@@ -144,6 +146,7 @@ impl Snapshot {
                 .collect(),
             user_header: config.limit_state.user_header.as_deref().map(Into::into),
             http: compile_http(&config.http),
+            gather: config.relay.gather.0,
             refusals: Rule {
                 after: config.kernel.drop.after_refusals,
                 within: config.kernel.drop.within.0,

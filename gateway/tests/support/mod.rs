@@ -29,6 +29,11 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The key that [`Setup::config`] lets in.
 pub const KEY: &str = "sk-test-alice";
 
+/// The data plane's driver in tests that do not name one: `GATEWAY_TEST_DRIVER`, to run every suite on epoll too.
+pub fn driver() -> String {
+    std::env::var("GATEWAY_TEST_DRIVER").unwrap_or_else(|_| "auto".into())
+}
+
 /// The built binary.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_gateway");
 
@@ -320,7 +325,10 @@ impl Setup {
             providers: String::new(),
             further_models: String::new(),
             keys: String::new(),
-            more: "kernel: { mode: \"off\" }\nworkers: { threads: 2 }\n".into(),
+            more: format!(
+                "kernel: {{ mode: \"off\" }}\nworkers: {{ threads: 2, driver: {} }}\n",
+                driver()
+            ),
             timeouts: "{ connect: 2s, first_token: 20s, idle: 20s, total: 5m }".into(),
         }
     }

@@ -23,8 +23,7 @@ use crate::{
     ledger::record::Outcome,
     net::{
         Either, clock, race,
-        runtime::{Timer, yield_now},
-        sleep,
+        runtime::{Streaming, Timer, yield_now},
     },
     quota::reservation::Exhausted,
     serve::{
@@ -41,13 +40,9 @@ const READ_FROM: usize = CHUNK_HEAD_BYTES_MAX;
 /// Where it ends at the latest: behind it there is room for a chunk's end.
 const READ_TO: usize = SCRATCH_BYTES - CHUNK_END.len();
 
-/// Reads of one stream in a row before other tasks get their turn, for engines where a wait may be over at once.
+/// Reads of one stream before other tasks get their turn and its own times are looked at: a wait may be over at once each
+/// time.
 const READS_IN_A_ROW: u32 = 16;
-
-/// Waits in a row that were over at once before the stream rests, and for how long: only then does the runtime look
-/// after its timers, this stream's and all others'.
-const READY_IN_A_ROW: u32 = 64;
-const REST: Duration = Duration::from_millis(1);
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
@@ -66,8 +61,6 @@ pub struct Stream {
     drains: bool,
     /// The connection's end came within an event of which the client has a part.
     cut_mid_event: bool,
-    /// Waits in a row that were over at once.
-    ready_in_a_row: u32,
     /// When the last bytes came.
     last_ns: u64,
     /// When the last event came; 0 before the first.
@@ -115,7 +108,6 @@ impl Stream {
             left_over: false,
             drains: false,
             cut_mid_event: false,
-            ready_in_a_row: 0,
             last_ns: clock::monotonic_ns(),
             last_event_ns: 0,
         }
@@ -125,7 +117,9 @@ impl Stream {
     pub async fn run(mut self: Box<Stream>, client: &mut Client) -> Next {
         let core = self.core.clone();
         core.telemetry.counters().streams_opened.inc();
+        let streaming = Streaming::begin();
         let (next, upstream_is_whole) = self.relay(client).await;
+        drop(streaming);
         core.telemetry.counters().streams_closed.inc();
         if self.drains {
             drain::detach(self);
@@ -150,24 +144,21 @@ impl Stream {
         let mut ends = pin!(Ends::new(&self.core, &self.terms.life, &client.seat));
         let mut reads = 0;
         loop {
-            if !self.flush(client, &mut ends).await {
+            // Boxed, as the failure: a stream that waits has no room for what few streams come to.
+            if self.has_unsent(client) && !Box::pin(self.flush(client, &mut ends)).await {
                 came = Came::ClientGone;
             }
             match came {
                 Came::More => {}
                 Came::End => return (self.next(), true),
                 Came::Cut => return (self.next(), false),
-                Came::Failed(failure) => return (self.fail(client, failure).await, false),
+                Came::Failed(failure) => return (Box::pin(self.fail(client, failure)).await, false),
                 Came::ClientGone => return (self.client_gone(), false),
             }
             reads += 1;
             if reads % READS_IN_A_ROW == 0 {
                 yield_now().await;
-            }
-            if self.ready_in_a_row >= READY_IN_A_ROW {
-                self.ready_in_a_row = 0;
-                sleep(REST).await;
-                // The upstream is ready whenever it is looked at, so nobody else was.
+                // The upstream may have been ready whenever it was looked at, so nobody else was.
                 if let Some(end) = ends.now() {
                     came = Came::Failed(Failure::Ended(end));
                     continue;
@@ -215,6 +206,9 @@ impl Stream {
         self.terms.head = head;
         let received = std::mem::take(&mut self.upstream.received);
         self.unsent = answer::relayed(&self.upstream.head, &received, framing, &self.terms.report, head);
+        // Where the fields of both heads stand is of no use any more, and the stream may run for minutes.
+        self.upstream.head.fields = Vec::new();
+        client.head.fields = Vec::new();
         let mut came = Came::More;
         for part in received[self.upstream.head.len..].chunks(READ_TO - READ_FROM) {
             let core = self.core.clone();
@@ -239,9 +233,7 @@ impl Stream {
             return Woken::Upstream;
         };
         let mut upstream = pin!(conn.readable());
-        let mut polls = 0;
-        let woken = std::future::poll_fn(|cx| {
-            polls += 1;
+        std::future::poll_fn(|cx| {
             if upstream.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(Woken::Upstream);
             }
@@ -256,9 +248,7 @@ impl Stream {
             }
             ends.as_mut().poll(cx).map(Woken::Ended)
         })
-        .await;
-        self.ready_in_a_row = if polls == 1 { self.ready_in_a_row + 1 } else { 0 };
-        woken
+        .await
     }
 
     /// Takes what the upstream sent and passes it on.
@@ -433,12 +423,13 @@ impl Stream {
         true
     }
 
+    fn has_unsent(&self, client: &Client) -> bool {
+        !self.unsent.is_empty() || client.conn.has_unsent()
+    }
+
     /// Waits until the client has taken what it was sent: the back-pressure on the upstream, which is not read
     /// meanwhile. False: the client is gone, or takes nothing for too long.
     async fn flush(&mut self, client: &mut Client, ends: &mut Pin<&mut Ends>) -> bool {
-        if self.unsent.is_empty() && !client.conn.has_unsent() {
-            return true;
-        }
         let unsent = std::mem::take(&mut self.unsent);
         let stall = client.stall;
         // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.

@@ -74,7 +74,8 @@ pub async fn run(
     };
     match received {
         Ok(()) => {}
-        Err(Ended::Failed(failure)) => return fail(client, core, failure, account, &terms).await,
+        // Boxed, as everything that few requests come to: every request would have room for it.
+        Err(Ended::Failed(failure)) => return Box::pin(fail(client, core, failure, account, &terms)).await,
         Err(Ended::ClientGone) if account.drains() && !body.done => {
             // The client's connection is free at once.
             let core = core.clone();
@@ -85,7 +86,8 @@ pub async fn run(
     }
     account.first_byte(clock::monotonic_ns());
     if !body.done {
-        return relay_long(client, core, upstream, account, terms, &head_bytes, body).await;
+        let long = relay_long(client, core, upstream, account, terms, &head_bytes, body);
+        return Box::pin(long).await;
     }
     account.sent(body.bytes.len());
     settle(

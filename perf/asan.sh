@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Runs the engine's stress tests (gateway/tests/engine.rs) under AddressSanitizer: what the kernel writes into and reads from is
+# plain memory of the process, and a buffer that is reused too early or freed too early is found here. Needs a C compiler and
+# the usual toolchain; everything is built anew into target/asan (some minutes, 2 GB).
+#   perf/asan.sh [arguments of the test binary]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export RUSTC_BOOTSTRAP=1 # -Zsanitizer on a stable toolchain
+export RUSTFLAGS="-Zsanitizer=address -Cdebuginfo=1"
+export CARGO_TARGET_DIR="$PWD/target/asan"
+# The engine's thread-local state and the certificates of rustls live as long as the process.
+export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=0:detect_stack_use_after_return=1}"
+exec cargo test --target "$(rustc -vV | sed -n 's/^host: //p')" -p gateway --test engine -- "$@"
