@@ -288,7 +288,7 @@ fn child_fills_the_disk() {
     let name = "n".repeat(120);
     let config = Setup::new(fleet.url())
         .model(&name, "sim")
-        .more("prices: [{ model: sim, input: 2.5, output: 10 }]\n")
+        .more("prices: [{ model: sim, input: 2.5, output: 10 }]\nlimit_state: { levels: 1024 }\n")
         .workers(1, "auto")
         .config()
         .replace("state\" }", &format!("state\", on_error: {policy} }}"));
