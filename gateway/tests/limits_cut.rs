@@ -437,3 +437,23 @@ fn users_have_counts_of_their_own() {
         [200, 429, 200]
     );
 }
+
+#[test]
+fn a_dearer_tier_that_is_asked_for_costs_a_budget_what_it_costs() {
+    let fleet = fleet("tokens=3000,pace=1ms,first=0");
+    let prices = PRICES.replace(
+        "output: 1000 }",
+        "output: 1000, priority: { input: 2000, output: 2000 } }",
+    );
+    let gateway = Setup::new(fleet.url())
+        .more(&prices)
+        .more("budget: { credit: 0.2 }\n")
+        .start();
+    let body = chat("fast", true).replace("\"stream\"", "\"service_tier\":\"priority\",\"stream\"");
+    let (_, told) = stream(&gateway, CHAT, &body);
+    // 100 tokens for 20 cents, a few of them input.
+    assert!((80..=101).contains(&texts(&told)), "{}", texts(&told));
+    let record = &gateway.await_records(1)[0];
+    let tokens = record.usage.prompt + record.usage.completion;
+    assert_eq!(record.cost, Some(tokens * 2_000_000), "{record:?}");
+}

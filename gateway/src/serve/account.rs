@@ -5,7 +5,7 @@ use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 use crate::{
     config::schema::OnDisconnect,
     core::Core,
-    dialect::{Api, Finish, Usage, estimate::Calibration},
+    dialect::{Api, Finish, Tier, Usage, estimate::Calibration},
     fleet::{Endpoint, Target},
     ledger::{
         prices::Price,
@@ -29,6 +29,8 @@ pub struct Account {
     client: IpAddr,
     /// Input tokens as they were estimated, for a request whose provider tells none.
     input_estimated: u64,
+    /// The tier that was asked for, for a request whose provider tells none.
+    tier: Tier,
     error: Option<&'static str>,
     /// Who was asked last, as far as the books care.
     target: Option<Asked>,
@@ -45,10 +47,11 @@ struct Asked {
     on_disconnect: OnDisconnect,
 }
 
-/// What a client says of its request for the books: the end user, and its tags.
+/// What a client says of its request for the books: the end user, its tags, and the service tier that it asks for.
 pub struct Marks {
     pub user: Arc<str>,
     pub tags: Arc<str>,
+    pub tier: Tier,
 }
 
 impl Account {
@@ -104,6 +107,7 @@ impl Account {
             dispatched_ns: 0,
             client,
             input_estimated,
+            tier: marks.tier,
             error: None,
             target: None,
             text_bytes: 0,
@@ -299,12 +303,15 @@ impl Account {
 
     /// Closes the account: trues up the limits, writes the record, counts. To be called before the last byte of
     /// the answer leaves. The first call counts.
-    pub fn settle(&mut self, outcome: Outcome, usage: Usage, estimated: bool) {
+    pub fn settle(&mut self, outcome: Outcome, mut usage: Usage, estimated: bool) {
         let Some(reservation) = self.reservation.take() else {
             return;
         };
         let now_ns = clock::monotonic_ns();
         self.record.outcome = outcome;
+        if estimated {
+            usage.tier = self.tier;
+        }
         self.record.usage = usage;
         if estimated {
             self.record.flags.set(Flags::ESTIMATED);

@@ -384,7 +384,7 @@ fn admit(
         output,
         output_is_explicit: call.output_max.is_some(),
         stream: call.stream,
-        rates: model.rates(input, request.id.unix_ms()),
+        rates: model.rates(call.tier, input, request.id.unix_ms()),
     };
     let header = |name: &str| noted.header(name);
     let facts = Facts {
@@ -448,6 +448,7 @@ fn marks(core: &Core, call: &Call<'_>, noted: &Noted, tags: Arc<str>) -> Marks {
     Marks {
         user: or_empty(core, &user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
         tags,
+        tier: call.tier,
     }
 }
 
