@@ -333,8 +333,16 @@ impl Reservation {
         let from = self.holds.len();
         for place in 0..from {
             let hold = &self.holds[place];
-            let rule = hold.source.rule(&self.policies);
-            if hold.root != place || !rule.hard || !rule.unit.grows() {
+            if hold.root != place {
+                continue;
+            }
+            let source = match &hold.source {
+                Source::Policy(policy) => Source::Policy(*policy),
+                // It may have been changed or topped up since the stream began.
+                Source::Budget(budget) => Source::Budget(self.quota.budgets.current(budget)),
+            };
+            let rule = source.rule(&self.policies);
+            if !rule.hard || !rule.unit.grows() {
                 continue;
             }
             let more = match (rule.unit, self.ask.rates) {
@@ -344,10 +352,6 @@ impl Reservation {
             };
             match self.quota.levels.reserve(&rule.query(hold.id), more, now) {
                 Ok((taken, _)) => {
-                    let source = match &hold.source {
-                        Source::Policy(policy) => Source::Policy(*policy),
-                        Source::Budget(budget) => Source::Budget(budget.clone()),
-                    };
                     let id = hold.id;
                     self.holds.push(Hold {
                         source,

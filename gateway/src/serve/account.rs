@@ -32,6 +32,8 @@ pub struct Account {
     /// The tier that was asked for, for a request whose provider tells none.
     tier: Tier,
     error: Option<&'static str>,
+    /// See [`Account::denied`].
+    denied: Option<Box<Denied>>,
     /// Who was asked last, as far as the books care.
     target: Option<Asked>,
     /// Bytes of generated text that were seen, as JSON has it; 0 where nobody looked.
@@ -109,6 +111,7 @@ impl Account {
             input_estimated,
             tier: marks.tier,
             error: None,
+            denied: None,
             target: None,
             text_bytes: 0,
             drains_now: None,
@@ -232,11 +235,17 @@ impl Account {
         &self.record.model
     }
 
-    /// Gives back all that is reserved: the request is refused after all. Its record is still to be written.
-    pub fn release(&mut self) {
+    /// Gives back all that is reserved: a limit refuses the request after all. Its record is still to be written.
+    pub fn denied(&mut self, denied: Box<Denied>) {
         if let Some(reservation) = &mut self.reservation {
             reservation.release();
         }
+        self.denied = Some(denied);
+    }
+
+    /// The limit that refused it after all.
+    pub fn take_denied(&mut self) -> Option<Box<Denied>> {
+        self.denied.take()
     }
 
     /// Notes why the model stopped.

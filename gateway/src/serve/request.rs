@@ -75,8 +75,9 @@ enum Refusal {
     Error(Error),
     /// A limit said no: answer with the error, and with how the limit stands.
     Denied(Error, Box<Denied>),
-    /// As `Error`, for a request whose account has been closed: it is logged and counted already.
-    Accounted(Error),
+    /// For a request whose account has been closed: it is logged and counted already. With the limit that said no, if
+    /// it was one.
+    Accounted(Error, Option<Box<Denied>>),
     /// The client is gone.
     Gone,
 }
@@ -113,8 +114,12 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
     let head = request.answer(client, core);
     let bytes = match &refusal {
         Refusal::Gone => return Served::Done(Next::Gone),
-        Refusal::Error(error) | Refusal::Accounted(error) => answer::error(error, request.dialect, head),
-        Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
+        Refusal::Error(error) | Refusal::Accounted(error, None) => {
+            answer::error(error, request.dialect, head)
+        }
+        Refusal::Denied(error, denied) | Refusal::Accounted(error, Some(denied)) => {
+            answer::denied(error, denied, request.dialect, head)
+        }
     };
     Served::Done(write_whole(client, core, &bytes, head).await)
 }
@@ -588,7 +593,7 @@ async fn dispatch(
     account.answering(error.status(), false);
     account.error(error.code());
     account.settle(outcome, usage, usage != Usage::default());
-    Err(Refusal::Accounted(error))
+    Err(Refusal::Accounted(error, account.take_denied()))
 }
 
 /// An answer of the gateway's own.
