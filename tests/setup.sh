@@ -43,6 +43,16 @@ debian_packages() {
   apt_install "${missing[@]}" || skipped "what needs ${missing[*]}: could not be installed"
 }
 
+# Where a distribution has one of them only, the tests of the cluster run on that.
+redis_and_valkey() {
+  local server
+  for server in redis-server valkey-server; do
+    command -v "$server" >/dev/null && continue
+    echo "setup: installing $server"
+    apt_install "$server" 2>/dev/null || skipped "tests of the cluster on $server: it could not be installed"
+  done
+}
+
 rust_components() {
   command -v cargo >/dev/null || { echo "setup: cargo is missing: https://rustup.rs" >&2; exit 1; }
   cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 && return
@@ -82,6 +92,7 @@ cargo_deny() {
 }
 
 debian_packages
+redis_and_valkey
 rust_components
 openai_sdk
 clickhouse

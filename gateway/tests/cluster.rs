@@ -64,7 +64,7 @@ impl Host {
         let thread = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
             runtime.expect("a runtime").block_on(async move {
-                let tasks = task.start(node);
+                let tasks = task.start(node, None);
                 if stopped.await.unwrap_or(false) {
                     tasks.end(Duration::from_secs(5)).await;
                 }

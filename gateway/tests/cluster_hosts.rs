@@ -104,12 +104,10 @@ fn three_gateways_keep_one_limit_and_a_killed_one_returns_its_lease() {
                 served += u64::from(ask(gateway).status == 200);
             }
         }
-        let store = store_of(&gateways[0]);
-        assert_eq!(
-            (&store["connected"], &store["hosts"]),
-            (&true.into(), &3.into()),
-            "{store}"
-        );
+        // Presence is told once a second.
+        eventually("three hosts", || {
+            (store_of(&gateways[0])["hosts"] == 3).then_some(())
+        });
         // What the killed one had used and told in a round counts; what it had leased and not used comes back.
         let victim = gateways.pop().expect("a gateway");
         drop(victim.kill());
@@ -231,5 +229,62 @@ fn without_the_store_local_goes_on_with_a_share() {
         let rest = exhaust(&all);
         await_used(&redis, served + rest);
         assert!(served + rest <= 90 + 3 * 12, "{served} and {rest}");
+    }
+}
+
+#[test]
+fn keys_and_budgets_made_on_one_gateway_are_everywhere() {
+    for binary in servers() {
+        let (mut redis, fleet) = (Redis::start(binary, &[]), fleet("tokens=2,pace=0,first=0"));
+        let limits = "  - { name: all, per: shared, requests: 1000000, every: 1m }";
+        let gateways = gateways(&fleet, &redis, limits, "");
+        let status_with = |gateway: &Gateway, secret: &str| {
+            let mut client = Client::connect(gateway.addr());
+            let body = chat("fast", false);
+            let length = body.len();
+            client.send(format!(
+                "POST {CHAT} HTTP/1.1\r\nhost: gateway\r\nauthorization: Bearer {secret}\r\n\
+                 content-length: {length}\r\n\r\n{body}"
+            ));
+            client.answer().status
+        };
+        let made = gateways[0].admin("POST /v1/keys", r#"{"name": "bob"}"#);
+        assert_eq!(made.status, 201, "{}", made.text());
+        let made = made.json();
+        let secret = made["secret"].as_str().expect("a secret").to_owned();
+        let id = made["key"]["id"].as_str().expect("an id").to_owned();
+        for gateway in &gateways {
+            eventually("the key", || (status_with(gateway, &secret) == 200).then_some(()));
+        }
+        let budget = r#"{"usd": "12.5", "every": "1mo"}"#;
+        assert_eq!(gateways[1].admin("PUT /v1/budgets/key/bob", budget).status, 200);
+        for gateway in &gateways {
+            eventually("the budget", || {
+                let shown = gateway.admin("GET /v1/budgets/key/bob", "");
+                (shown.status == 200 && shown.text().contains("12.5")).then_some(())
+            });
+        }
+        // The store loses everything and comes back: the hosts tell it again, also one that is new.
+        redis.restart();
+        let late = gateway(&fleet, &redis, limits, "");
+        // The simulated model has no price, so a key with a budget is known and refused.
+        eventually("the key on a new host", || {
+            (status_with(&late, &secret) == 429).then_some(())
+        });
+        let revoked = late.admin(&format!("POST /v1/keys/{id}/revoke"), "");
+        assert_eq!(revoked.status, 200, "{}", revoked.text());
+        for gateway in &gateways {
+            eventually("the revocation", || {
+                (status_with(gateway, &secret) == 401).then_some(())
+            });
+        }
+        let held = redis.ask(
+            "EVAL \"return table.concat(redis.call('HVALS', redis.call('KEYS', '*documents*:items')[1]))\" 0",
+        );
+        let held = held.expect("an answer");
+        assert!(
+            held.contains("bob") && !held.contains(&secret),
+            "no secret is in the store: {held}"
+        );
     }
 }

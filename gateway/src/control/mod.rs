@@ -192,7 +192,10 @@ impl Gateway {
             let _ = admin_stopped.await;
         });
         let api = tokio::spawn(api);
-        let cluster = state.cluster.as_ref().map(|cluster| cluster.start(state.clone()));
+        let cluster = state.cluster.as_ref().map(|cluster| {
+            let store = state.directory().store.clone();
+            cluster.start(state.clone(), Some(store))
+        });
         let (cores, engine) = (state.shared.cores.len(), state.engine.name());
         tracing::info!(cores, engine, admin = %address, "ready");
         notify::ready();

@@ -83,3 +83,56 @@ fn url(path: &Path, text: &str, report: &mut Report<'_>) {
         report.error(path, "has a database that is not a number");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::config::parse;
+
+    fn errors(store: &str) -> String {
+        let text = format!(
+            "listeners: [{{ address: 127.0.0.1:0 }}]\nproviders: {{ sim: {{ kind: openai }} }}\n\
+             models: [{{ name: m, targets: [{{ provider: sim }}] }}]\nkeys: []\nstore: {store}\n"
+        );
+        let parsed = parse(&text, "test", std::path::Path::new("/"), &|_| None);
+        parsed.err().map(|errors| errors.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_is_right_passes() {
+        for store in [
+            "{ redis: redis://127.0.0.1 }",
+            "{ redis: \"rediss://[::1]:6380/2\", password: open-sesame, username: me }",
+            "{ cluster: [redis://a:1, redis://b:2], lease: 10s, round: 100ms, first_share: 0, on_store_loss: refuse }",
+        ] {
+            assert_eq!(errors(store), "", "{store}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_without_secrets() {
+        for (store, part) in [
+            ("{}", "neither `redis` nor `cluster`"),
+            (
+                "{ redis: redis://a, cluster: [redis://b] }",
+                "both `redis` and `cluster`",
+            ),
+            ("{ redis: http://a }", "must begin with redis://"),
+            ("{ redis: \"redis://:hunter2@a\" }", "store.password"),
+            ("{ redis: redis://a:x }", "is not redis://host:port"),
+            ("{ redis: redis:///1 }", "is not redis://host:port"),
+            ("{ redis: redis://a/x }", "a database that is not a number"),
+            ("{ redis: redis://a, prefix: \"{x}\" }", "is not 1 to 64 letters"),
+            ("{ redis: redis://a, lease: 100ms }", "too short"),
+            (
+                "{ redis: redis://a, lease: 1s, round: 500ms }",
+                "a tenth of `lease`",
+            ),
+            ("{ redis: redis://a, first_share: 101 }", "more than 100 percent"),
+            ("{ redis: redis://a, ca: /nowhere.pem }", "nowhere.pem"),
+        ] {
+            let errors = errors(store);
+            assert!(errors.contains(part), "{store}: {errors}");
+            assert!(!errors.contains("hunter2"), "{errors}");
+        }
+    }
+}

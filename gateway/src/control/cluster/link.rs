@@ -270,6 +270,22 @@ impl Link {
         Ok(news == 1)
     }
 
+    /// What a map was born as: another text after the store lost its data. `fresh` names a new one.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub async fn birth(&mut self, map: &str, fresh: &str) -> anyhow::Result<String> {
+        let key = self.map_key(map, "birth");
+        let unique = format!("{fresh}-{:x}", crate::net::clock::monotonic_ns());
+        let mut command = redis::cmd("SET");
+        command.arg(&key).arg(unique).arg("NX");
+        let _: Option<String> = command.query_async(&mut self.connection).await?;
+        Ok(redis::cmd("GET")
+            .arg(&key)
+            .query_async(&mut self.connection)
+            .await?)
+    }
+
     fn map_key(&self, map: &str, part: &str) -> String {
         format!("{{{}:{map}}}:{part}", self.prefix)
     }

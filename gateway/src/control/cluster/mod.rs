@@ -1,9 +1,11 @@
-//! Several hosts through one store (Redis or Valkey): shared limits, shared blocks. docs/cluster.md says what it means.
+//! Several hosts through one store (Redis or Valkey): shared limits, keys,
+//! budgets and blocks. docs/cluster.md says what it means.
 //!
 //! A task of the control thread makes a round every `store.round`: it looks at all shared levels of this host
-//! ([`tracker`]), reports what was used and leases what will be ([`link`], `lease.lua`). Another one exchanges blocks
-//! ([`feed`]). No request waits for either.
+//! ([`tracker`]), reports what was used and leases what will be ([`link`], `lease.lua`). Another one exchanges
+//! blocks and what administrators changed ([`feed`]). No request waits for either.
 
+mod documents;
 pub mod feed;
 pub mod level;
 pub mod link;
@@ -26,6 +28,7 @@ use tokio::sync::watch;
 
 use crate::{
     config::{Config, schema::Store},
+    control::store,
     net::clock,
     quota::leases::Directory,
 };
@@ -92,11 +95,13 @@ impl Cluster {
     }
 
     /// Sets the two tasks to work, on the runtime of the control thread.
-    pub fn start(self: &Arc<Self>, node: Arc<dyn Node>) -> Tasks {
+    ///
+    /// `store` is what administrators changed here, to be shared too.
+    pub fn start(self: &Arc<Self>, node: Arc<dyn Node>, store: Option<store::Store>) -> Tasks {
         let (stop, stopped) = watch::channel(false);
         Tasks {
             rounds: tokio::spawn(rounds::run(self.clone(), stopped)),
-            peers: tokio::spawn(peers::run(self.clone(), node)),
+            peers: tokio::spawn(peers::run(self.clone(), node, store)),
             stop,
         }
     }

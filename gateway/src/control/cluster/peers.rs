@@ -1,4 +1,5 @@
-//! Exchanges with the other hosts what all should know: who is blocked.
+//! Exchanges with the other hosts what all should know: who is blocked, and what
+//! administrators changed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -6,10 +7,11 @@ use ipnet::IpNet;
 
 use super::{
     Cluster, Node,
+    documents::Documents,
     feed::Feed,
     link::{Item, Link},
 };
-use crate::net::clock;
+use crate::{control::store::Store, net::clock};
 
 /// How often other hosts' changes are looked for.
 const EVERY: Duration = Duration::from_millis(100);
@@ -24,16 +26,16 @@ const LIFT: &str = "lift";
 const BLOCK: &str = "block";
 
 /// Runs until it is aborted.
-pub(super) async fn run(cluster: Arc<Cluster>, node: Arc<dyn Node>) {
+pub(super) async fn run(cluster: Arc<Cluster>, node: Arc<dyn Node>, store: Option<Store>) {
     let mut links = cluster.link.subscribe();
     let mut blocks = Feed::new(BLOCKS);
+    let mut documents = store.map(Documents::new);
     loop {
         let link = links.borrow_and_update().clone();
         let Some(mut link) = link else {
             if links.changed().await.is_err() {
                 return;
             }
-            blocks.restart();
             continue;
         };
         let done = exchange(&cluster, node.as_ref(), &mut link, &mut blocks).await;
@@ -42,6 +44,15 @@ pub(super) async fn run(cluster: Arc<Cluster>, node: Arc<dyn Node>) {
             tracing::debug!(%error, "the exchange of blocks failed");
             blocks.restart();
         }
+        if let Some(documents) = &mut documents {
+            let done = documents
+                .exchange(&mut link, &cluster.host, cluster.unix_ms())
+                .await;
+            if let Err(error) = done {
+                tracing::debug!(%error, "the exchange of keys and budgets failed");
+                documents.restart();
+            }
+        }
         tokio::select! {
             () = tokio::time::sleep(EVERY) => {}
             changed = links.changed() => {
@@ -49,6 +60,9 @@ pub(super) async fn run(cluster: Arc<Cluster>, node: Arc<dyn Node>) {
                     return;
                 }
                 blocks.restart();
+                if let Some(documents) = &mut documents {
+                    documents.restart();
+                }
             }
         }
     }

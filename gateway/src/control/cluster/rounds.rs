@@ -45,6 +45,8 @@ struct Rounds {
     instances: u64,
     /// Hosts that are there, as the store last said.
     hosts: u64,
+    /// The last round gave the hungry something: who keeps asking for what is used up makes no rounds of its own.
+    eager: bool,
 }
 
 /// Runs until it is told to stop; then gives the leases back.
@@ -63,13 +65,14 @@ pub(super) async fn run(cluster: Arc<Cluster>, mut stopped: watch::Receiver<bool
         trackers: HashMap::new(),
         instances: 0,
         hosts: 1,
+        eager: true,
     };
     let mut due = now;
     loop {
         tokio::select! {
             _ = ticks.tick() => {
                 let hungry = rounds.cluster.directory.take_hurry();
-                if hungry || Instant::now() >= due {
+                if hungry && rounds.eager || Instant::now() >= due {
                     due = Instant::now() + rounds.cluster.settings.round.0;
                     rounds.round().await;
                 }
@@ -245,6 +248,7 @@ impl Rounds {
                 }
             }
         }
+        self.eager = granted > 0 || reports.iter().all(|report| report.needed == 0);
         self.cluster
             .lock()
             .reported(reports.len() as u64, granted, silent);
