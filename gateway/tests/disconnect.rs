@@ -160,3 +160,42 @@ fn a_gateway_that_is_stopped_waits_for_it_as_for_any_request_and_then_writes_the
     assert_eq!(records.len(), 1);
     assert!(records[0].flags.has(Flags::ESTIMATED), "{:?}", records[0]);
 }
+
+#[test]
+fn limits_bind_what_is_read_on() {
+    // Half a minute of tokens, which nobody gets.
+    let fleet = fleet("tokens=3000,pace=10ms,first=0");
+    let gateway =
+        draining(&Setup::new(fleet.url()).limits("  - { name: tight, output_tokens: 40, every: 1mo }"));
+    hang_up(&gateway, "fast");
+    let record = &gateway.await_records(1)[0];
+    assert!(
+        record.flags.has(Flags::DRAINED) && record.flags.has(Flags::CUT),
+        "{record:?}"
+    );
+    assert!((39..=42).contains(&record.usage.completion), "{record:?}");
+    eventually("the upstream to be let go", || {
+        (fleet.stats().streams_open == 0).then_some(())
+    });
+}
+
+#[test]
+fn what_is_read_on_takes_more_of_a_limit_that_has_it() {
+    let fleet = fleet("tokens=200,pace=2ms,first=0");
+    let setup = Setup::new(fleet.url()).limits("  - { output_tokens: 10000, every: 1mo }");
+    // A request without a limit of its own reserves little, and its answer is longer.
+    let config = setup.config().replace(
+        "key: upstream-secret,",
+        "key: upstream-secret, on_disconnect: drain,",
+    );
+    let config = config.replace("name: \"fast\",", "name: \"fast\", max_output_tokens: 20,");
+    assert!(config.contains("max_output_tokens"));
+    let gateway = Gateway::start(&config);
+    hang_up(&gateway, "fast");
+    let record = &gateway.await_records(1)[0];
+    assert!(
+        !record.flags.has(Flags::CUT) && !record.flags.has(Flags::ESTIMATED),
+        "{record:?}"
+    );
+    assert_eq!(record.usage.completion, 200);
+}

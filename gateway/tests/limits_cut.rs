@@ -243,6 +243,10 @@ fn a_provider_without_allowance_is_passed_over() {
     let refused = ask("fast");
     assert_eq!(refused.status, 429);
     assert!(refused.text().contains("of-sim"), "{}", refused.text());
+    // Told as a limit's refusal that came before any target was chosen.
+    assert_eq!(refused.field("x-gateway-limit"), Some("of-sim"));
+    assert!(refused.field("retry-after").is_some());
+    assert_eq!(refused.field("x-ratelimit-limit-requests"), Some("2"));
     let records = gateway.await_records(5);
     assert_eq!(records.iter().filter(|record| record.status == 429).count(), 1);
 }
@@ -436,4 +440,24 @@ fn users_have_counts_of_their_own() {
         ],
         [200, 429, 200]
     );
+}
+
+#[test]
+fn a_dearer_tier_that_is_asked_for_costs_a_budget_what_it_costs() {
+    let fleet = fleet("tokens=3000,pace=1ms,first=0");
+    let prices = PRICES.replace(
+        "output: 1000 }",
+        "output: 1000, priority: { input: 2000, output: 2000 } }",
+    );
+    let gateway = Setup::new(fleet.url())
+        .more(&prices)
+        .more("budget: { credit: 0.2 }\n")
+        .start();
+    let body = chat("fast", true).replace("\"stream\"", "\"service_tier\":\"priority\",\"stream\"");
+    let (_, told) = stream(&gateway, CHAT, &body);
+    // 100 tokens for 20 cents, some of them input; at the usual price there would be 100 more.
+    assert!((60..=90).contains(&texts(&told)), "{}", texts(&told));
+    let record = &gateway.await_records(1)[0];
+    let tokens = record.usage.prompt + record.usage.completion;
+    assert_eq!(record.cost, Some(tokens * 2_000_000), "{record:?}");
 }

@@ -74,6 +74,9 @@ pub struct Status {
     pub standing: Standing,
 }
 
+/// The part of the word of alerts that counts them; shares are percents, and there are some few.
+const TOLD_MASK: u64 = 0xff;
+
 /// All budgets in force.
 pub struct Budgets {
     shards: [ArcSwap<HashMap<u64, Slot>>; SHARDS],
@@ -321,6 +324,14 @@ impl Budgets {
         self.shard(id).load().get(&id)?.in_force().cloned()
     }
 
+    /// A budget as it is in force now, for a request that was admitted a while ago: with the amount that it has been
+    /// given since. Where it is none of the same kind any more, the one that the request was admitted by goes on.
+    pub fn current(&self, budget: &Arc<Budget>) -> Arc<Budget> {
+        let now = self.get(&budget.subject);
+        now.filter(|now| now.rule.id == budget.rule.id)
+            .unwrap_or_else(|| budget.clone())
+    }
+
     /// All budgets in force, in the order of their subjects.
     pub fn all(&self) -> Vec<Arc<Budget>> {
         let mut all = Vec::new();
@@ -331,8 +342,8 @@ impl Budgets {
         all
     }
 
-    /// Notes alerts that have become due with a settlement. Each share alerts once a period; what was alerted is
-    /// kept with the levels, so a restart alerts nothing again.
+    /// Notes alerts that have become due with a settlement. Each share alerts once a period, and of credit once for each
+    /// amount that it is topped up to; what was alerted is kept with the levels, so a restart alerts nothing again.
     pub fn note_alerts(&self, budget: &Arc<Budget>, levels: &Levels, now: Moment) {
         if budget.alerts.is_empty() {
             return;
@@ -354,8 +365,18 @@ impl Budgets {
             note_held: false,
             ..query
         };
-        let before = levels.raise(&told, due as u64, now);
-        for &percent in &budget.alerts[(before as usize).min(due)..due] {
+        // How many were told, behind the amount of which they are shares: that of credit only grows.
+        let of = match budget.is_credit() {
+            true => amount & !TOLD_MASK,
+            false => 0,
+        };
+        let before = levels.raise(&told, of | (due as u64).min(TOLD_MASK), now);
+        let before = match before & !TOLD_MASK {
+            other if other < of => 0,
+            other if other > of => due,
+            _ => ((before & TOLD_MASK) as usize).min(due),
+        };
+        for &percent in &budget.alerts[before..due] {
             // Where the control thread is that far behind, the oldest alert is the least worth.
             self.alerts.force_push(Alert {
                 budget: budget.clone(),

@@ -79,7 +79,8 @@ pub struct Taken {
     place: Place,
     /// In the level's own unit: nanoseconds of a bucket, otherwise units.
     cost: u64,
-    /// When time alone will have given a bucket's cost back.
+    /// The earliest moment by which time alone may have given a bucket's cost back: what is used for good below it is
+    /// given back first, and what other requests hold below it may never have been used.
     until_ns: u64,
     noted: bool,
 }
@@ -234,8 +235,11 @@ impl Levels {
                 word.fetch_sub(cost, Ordering::AcqRel);
                 continue;
             }
+            // What is used for good below this reservation; what others hold may all come back before it does.
+            let mut settled_ns = 0;
             if query.note_held {
-                table.held(at.place).fetch_add(cost, Ordering::Relaxed);
+                let held_ns = table.held(at.place).fetch_add(cost, Ordering::AcqRel);
+                settled_ns = seen.saturating_sub(now.steady_ns).saturating_sub(held_ns);
             }
             at.stay(table, query.amount, word.load(Ordering::Relaxed));
             let taken = Taken {
@@ -243,7 +247,7 @@ impl Levels {
                 shelf,
                 place: at.place,
                 cost,
-                until_ns: now.steady_ns + standing.reset_ns,
+                until_ns: now.steady_ns.saturating_add(settled_ns).saturating_add(cost),
                 noted: query.note_held,
             };
             return Ok((taken, standing));
@@ -271,8 +275,8 @@ impl Levels {
                 // much and uses little save up many windows.
                 let left_ns = taken.until_ns.saturating_sub(now.steady_ns);
                 let back = taken.cost.saturating_sub(kept).min(left_ns);
-                // Below "now" the level is simply empty, and as much was added before: it cannot wrap.
-                word.fetch_sub(back, Ordering::AcqRel);
+                // Below "now" the level is simply empty.
+                subtract(word, back);
             }
             _ => subtract(word, taken.cost.saturating_sub(used)),
         }

@@ -81,6 +81,8 @@ pub struct Policies {
     by_organization: HashMap<u64, Vec<u32>>,
     /// Whether any counts by user or client.
     counts_users: bool,
+    /// Whether any counts by model.
+    counts_models: bool,
     /// Names of the headers that any looks at.
     headers: Vec<Box<str>>,
 }
@@ -163,6 +165,7 @@ impl Policies {
             .per
             .iter()
             .any(|per| matches!(per, Per::User | Per::Client));
+        self.counts_models |= policy.per.contains(&Per::Model);
         self.all.push(policy);
     }
 
@@ -220,7 +223,11 @@ impl Policies {
         Subjects {
             ids: facts.ids,
             user,
-            model: if self.is_empty() { 0 } else { of_name(facts.model) },
+            model: if self.counts_models {
+                of_name(facts.model)
+            } else {
+                0
+            },
             client,
         }
     }

@@ -168,12 +168,12 @@ pub fn admit(
         }
         let id = policy.level_id(&reservation.subjects, "");
         // On a refusal the reservation is dropped, and gives back what it has.
-        let standing = reservation.hold(Source::Policy(place), id, now)?;
+        let standing = reservation.hold(policies, Source::Policy(place), id, now)?;
         report.note(&policy.rule, standing);
     }
     for budget in quota.budgets.of(&facts.ids) {
         let id = budget.rule.id;
-        reservation.hold(Source::Budget(budget), id, now)?;
+        reservation.hold(policies, Source::Budget(budget), id, now)?;
     }
     reservation.admitted = reservation.holds.len();
     Ok(Admission { reservation, report })
@@ -181,9 +181,14 @@ pub fn admit(
 
 impl Reservation {
     /// Takes from one rule what the request may use.
-    fn hold(&mut self, source: Source, id: u64, now: Moment) -> Result<Standing, Box<Denied>> {
-        let policies = self.policies.clone();
-        let rule = source.rule(&policies);
+    fn hold(
+        &mut self,
+        policies: &Policies,
+        source: Source,
+        id: u64,
+        now: Moment,
+    ) -> Result<Standing, Box<Denied>> {
+        let rule = source.rule(policies);
         let (least, whole) = self.asked(rule)?;
         let mut asked = whole;
         let mut tries = 0;
@@ -280,14 +285,15 @@ impl Reservation {
             let output = self.output_for(rule.unit, hold.reserved);
             if bounds { least.min(output) } else { least }
         });
+        let policies = self.policies.clone();
         for at in 0..self.of_providers.len() {
             let place = self.of_providers[at];
-            let policy = self.policies.get(place);
+            let policy = policies.get(place);
             if !policy.fits_provider(provider) {
                 continue;
             }
             let id = policy.level_id(&self.subjects, provider);
-            if let Err(denied) = self.hold(Source::Policy(place), id, now) {
+            if let Err(denied) = self.hold(&policies, Source::Policy(place), id, now) {
                 self.release_from(self.admitted, now);
                 return Err(denied);
             }
@@ -327,8 +333,16 @@ impl Reservation {
         let from = self.holds.len();
         for place in 0..from {
             let hold = &self.holds[place];
-            let rule = hold.source.rule(&self.policies);
-            if hold.root != place || !rule.hard || !rule.unit.grows() {
+            if hold.root != place {
+                continue;
+            }
+            let source = match &hold.source {
+                Source::Policy(policy) => Source::Policy(*policy),
+                // It may have been changed or topped up since the stream began.
+                Source::Budget(budget) => Source::Budget(self.quota.budgets.current(budget)),
+            };
+            let rule = source.rule(&self.policies);
+            if !rule.hard || !rule.unit.grows() {
                 continue;
             }
             let more = match (rule.unit, self.ask.rates) {
@@ -338,10 +352,6 @@ impl Reservation {
             };
             match self.quota.levels.reserve(&rule.query(hold.id), more, now) {
                 Ok((taken, _)) => {
-                    let source = match &hold.source {
-                        Source::Policy(policy) => Source::Policy(*policy),
-                        Source::Budget(budget) => Source::Budget(budget.clone()),
-                    };
                     let id = hold.id;
                     self.holds.push(Hold {
                         source,

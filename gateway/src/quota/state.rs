@@ -35,7 +35,8 @@ const OVERFLOW_PLACES: usize = 4096;
 /// Places of the table of parallel requests, which is not kept.
 const PARALLEL_PLACES: usize = 64 * 1024;
 
-/// The longest that a level of the file may be ahead of the clock before it is taken for damaged, nanoseconds: 200 years.
+/// The longest that a level of the file may be ahead of the clock, or its clock ahead of the wall's, before it is taken
+/// for damaged, nanoseconds: 200 years.
 const AHEAD_NS_MAX: u64 = 200 * 365 * 86_400 * 1_000_000_000;
 
 /// What an old file brought.
@@ -92,11 +93,14 @@ fn places_of(old: &[u64]) -> Option<usize> {
 fn steady_now(old: &[u64]) -> Option<u64> {
     places_of(old)?;
     let (boot_id, boot_ns, steady_ns) = (old[AT_BOOT_ID], old[AT_BOOT_NS], old[AT_STEADY_NS]);
-    let now_boot_ns = clock::since_boot_ns();
-    if boot_id != 0 && boot_id == clock::boot_id() && now_boot_ns >= boot_ns {
-        return Some(steady_ns.saturating_add(now_boot_ns - boot_ns));
-    }
-    Some(steady_ns.max(clock::unix_ms() * 1_000_000))
+    let (now_boot_ns, unix_ns) = (clock::since_boot_ns(), clock::unix_ms() * 1_000_000);
+    let same_boot = boot_id != 0 && boot_id == clock::boot_id() && now_boot_ns >= boot_ns;
+    let now_ns = match same_boot {
+        true => steady_ns.saturating_add(now_boot_ns - boot_ns),
+        false => steady_ns.max(unix_ns),
+    };
+    // A clock that is ahead of everything is damage, and would soon overflow.
+    (now_ns <= unix_ns.saturating_add(AHEAD_NS_MAX)).then_some(now_ns)
 }
 
 fn take_over(old: &[u64], old_places: usize, tables: &[Table; 4], steady_ns: u64, restored: &mut Restored) {
@@ -276,5 +280,13 @@ mod tests {
         });
         let window = Window::Bucket { ns: 1 << 40 };
         let _ = levels.reserve(&query(&window, 9 << 40), 1, levels.now());
+        // Nor is a clock at the end of time.
+        for boot in [0, 1] {
+            let (levels, _) = restart(&levels, 1024, |old| {
+                old[AT_BOOT_ID] ^= boot;
+                old[AT_STEADY_NS] = u64::MAX;
+            });
+            assert!(levels.reserve(&query(&window, 8 << 40), 1, levels.now()).is_ok());
+        }
     }
 }

@@ -16,6 +16,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
+    thread,
 };
 
 use crate::net::words::Words;
@@ -39,8 +40,11 @@ pub const WHILE_ANY: u64 = 1;
 const BUSY: u64 = 1;
 
 /// Tries to take a guard before the request is refused. A guard is held for less than a microsecond, unless the
-/// kernel takes the CPU from its holder.
+/// kernel takes the CPU from its holder: after the first [`SPINS`] each try lets others run.
 const GUARD_TRIES: u32 = 20_000;
+
+/// Looks at a flag or a busy place before the CPU is offered to whoever is to change it.
+const SPINS: u32 = 1_000;
 
 /// Where a level is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -127,15 +131,15 @@ impl Table {
     /// Whether the place still belongs to the key it was found by.
     pub fn is_still(&self, place: Place) -> bool {
         let word = &self.bucket(place.index as usize / WAYS)[place.index as usize % WAYS];
-        let mut key = word.load(Ordering::Acquire);
-        for _ in 0..GUARD_TRIES {
-            if key != BUSY {
-                break;
+        let mut looks = 0;
+        loop {
+            // A place is busy for a few stores, and then has an owner again, often the same. To take it for lost
+            // before would leak what a request gives back: a parallel slot for ever.
+            match word.load(Ordering::Acquire) {
+                BUSY => relax(&mut looks),
+                key => return key == place.key,
             }
-            hint::spin_loop();
-            key = word.load(Ordering::Acquire);
         }
-        key == place.key
     }
 
     /// The level of a key, if it has one.
@@ -175,12 +179,13 @@ impl Table {
     #[cold]
     fn insert(&self, key: u64, now_ns: u64, begin: impl FnOnce() -> (u64, u64)) -> Result<Place, Full> {
         let (first, second) = self.buckets(key);
+        // Before the guard: it may look through a year of periods.
+        let (value, until) = begin();
         let _guard = self.guard(first).ok_or(Full)?;
         // Another thread may have made the place while the guard was waited for; under the guard nobody else does.
         if let Some(place) = self.find(key) {
             return Ok(place);
         }
-        let (value, until) = begin();
         // The emptier bucket first: that keeps both from filling up long before the table does.
         let free = |bucket: usize| {
             let words = self.bucket(bucket);
@@ -266,11 +271,12 @@ impl Table {
     }
 
     fn guard(&self, bucket: usize) -> Option<Guard<'_>> {
-        for _ in 0..GUARD_TRIES {
+        let mut looks = 0;
+        while looks < GUARD_TRIES {
             if let Some(guard) = self.try_guard(bucket) {
                 return Some(guard);
             }
-            hint::spin_loop();
+            relax(&mut looks);
         }
         None
     }
@@ -332,6 +338,16 @@ pub fn is_worthless(value: u64, until: u64, now_ns: u64) -> bool {
         BY_WORD => value <= now_ns,
         WHILE_ANY => value == 0,
         until => until <= now_ns,
+    }
+}
+
+/// Waits a little: first on the CPU, then off it, for a holder whose CPU was taken away.
+fn relax(looks: &mut u32) {
+    *looks = looks.saturating_add(1);
+    if *looks < SPINS {
+        hint::spin_loop();
+    } else {
+        thread::yield_now();
     }
 }
 

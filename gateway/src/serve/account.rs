@@ -5,7 +5,7 @@ use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 use crate::{
     config::schema::OnDisconnect,
     core::Core,
-    dialect::{Api, Finish, Usage, estimate::Calibration},
+    dialect::{Api, Finish, Tier, Usage, estimate::Calibration},
     fleet::{Endpoint, Target},
     ledger::{
         prices::Price,
@@ -29,7 +29,11 @@ pub struct Account {
     client: IpAddr,
     /// Input tokens as they were estimated, for a request whose provider tells none.
     input_estimated: u64,
+    /// The tier that was asked for, for a request whose provider tells none.
+    tier: Tier,
     error: Option<&'static str>,
+    /// See [`Account::denied`].
+    denied: Option<Box<Denied>>,
     /// Who was asked last, as far as the books care.
     target: Option<Asked>,
     /// Bytes of generated text that were seen, as JSON has it; 0 where nobody looked.
@@ -45,10 +49,11 @@ struct Asked {
     on_disconnect: OnDisconnect,
 }
 
-/// What a client says of its request for the books: the end user, and its tags.
+/// What a client says of its request for the books: the end user, its tags, and the service tier that it asks for.
 pub struct Marks {
     pub user: Arc<str>,
     pub tags: Arc<str>,
+    pub tier: Tier,
 }
 
 impl Account {
@@ -104,7 +109,9 @@ impl Account {
             dispatched_ns: 0,
             client,
             input_estimated,
+            tier: marks.tier,
             error: None,
+            denied: None,
             target: None,
             text_bytes: 0,
             drains_now: None,
@@ -228,11 +235,17 @@ impl Account {
         &self.record.model
     }
 
-    /// Gives back all that is reserved: the request is refused after all. Its record is still to be written.
-    pub fn release(&mut self) {
+    /// Gives back all that is reserved: a limit refuses the request after all. Its record is still to be written.
+    pub fn denied(&mut self, denied: Box<Denied>) {
         if let Some(reservation) = &mut self.reservation {
             reservation.release();
         }
+        self.denied = Some(denied);
+    }
+
+    /// The limit that refused it after all.
+    pub fn take_denied(&mut self) -> Option<Box<Denied>> {
+        self.denied.take()
     }
 
     /// Notes why the model stopped.
@@ -299,12 +312,15 @@ impl Account {
 
     /// Closes the account: trues up the limits, writes the record, counts. To be called before the last byte of
     /// the answer leaves. The first call counts.
-    pub fn settle(&mut self, outcome: Outcome, usage: Usage, estimated: bool) {
+    pub fn settle(&mut self, outcome: Outcome, mut usage: Usage, estimated: bool) {
         let Some(reservation) = self.reservation.take() else {
             return;
         };
         let now_ns = clock::monotonic_ns();
         self.record.outcome = outcome;
+        if estimated {
+            usage.tier = self.tier;
+        }
         self.record.usage = usage;
         if estimated {
             self.record.flags.set(Flags::ESTIMATED);

@@ -91,8 +91,9 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
         return Ok(upstream);
     }
     if let Some(denied) = limited.filter(|_| attempts == 0) {
-        account.release();
-        return Err(limit_error(&denied));
+        let error = limit_error(&denied);
+        account.denied(denied);
+        return Err(error);
     }
     Err(match failed {
         Failed::Broken => Error::new(

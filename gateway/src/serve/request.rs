@@ -75,8 +75,9 @@ enum Refusal {
     Error(Error),
     /// A limit said no: answer with the error, and with how the limit stands.
     Denied(Error, Box<Denied>),
-    /// As `Error`, for a request whose account has been closed: it is logged and counted already.
-    Accounted(Error),
+    /// For a request whose account has been closed: it is logged and counted already. With the limit that said no, if
+    /// it was one.
+    Accounted(Error, Option<Box<Denied>>),
     /// The client is gone.
     Gone,
 }
@@ -113,8 +114,12 @@ pub async fn serve(client: &mut Client, core: &Rc<Core>) -> Served {
     let head = request.answer(client, core);
     let bytes = match &refusal {
         Refusal::Gone => return Served::Done(Next::Gone),
-        Refusal::Error(error) | Refusal::Accounted(error) => answer::error(error, request.dialect, head),
-        Refusal::Denied(error, denied) => answer::denied(error, denied, request.dialect, head),
+        Refusal::Error(error) | Refusal::Accounted(error, None) => {
+            answer::error(error, request.dialect, head)
+        }
+        Refusal::Denied(error, denied) | Refusal::Accounted(error, Some(denied)) => {
+            answer::denied(error, denied, request.dialect, head)
+        }
     };
     Served::Done(write_whole(client, core, &bytes, head).await)
 }
@@ -384,7 +389,7 @@ fn admit(
         output,
         output_is_explicit: call.output_max.is_some(),
         stream: call.stream,
-        rates: model.rates(input, request.id.unix_ms()),
+        rates: model.rates(call.tier, input, request.id.unix_ms()),
     };
     let header = |name: &str| noted.header(name);
     let facts = Facts {
@@ -448,6 +453,7 @@ fn marks(core: &Core, call: &Call<'_>, noted: &Noted, tags: Arc<str>) -> Marks {
     Marks {
         user: or_empty(core, &user[..user.floor_char_boundary(NAME_BYTES_MAX)]),
         tags,
+        tier: call.tier,
     }
 }
 
@@ -587,7 +593,7 @@ async fn dispatch(
     account.answering(error.status(), false);
     account.error(error.code());
     account.settle(outcome, usage, usage != Usage::default());
-    Err(Refusal::Accounted(error))
+    Err(Refusal::Accounted(error, account.take_denied()))
 }
 
 /// An answer of the gateway's own.

@@ -212,19 +212,23 @@ impl Model {
         prices.map(|price| price.cost_max(input, output, tier)).max()
     }
 
-    /// The dearest rates of all targets for so much input, for reservations; `None` where a target's price is not known:
-    /// what goes there would escape every budget.
-    pub fn rates(&self, input: u64, unix_ms: u64) -> Option<Rates> {
+    /// The dearest rates of all targets for so much input, for reservations, in the tier that is asked for or the default
+    /// one, as a provider may serve either; `None` where a target's price is not known: what goes there would escape
+    /// every budget.
+    pub fn rates(&self, tier: Tier, input: u64, unix_ms: u64) -> Option<Rates> {
         let mut rates = Rates::default();
         for target in &self.targets {
-            let of_target = target.tariff.at(unix_ms)?.rates(Tier::Default, input);
-            let dearest = of_target.input.max(of_target.cached);
-            rates.input = rates
-                .input
-                .max(dearest)
-                .max(of_target.write_5m)
-                .max(of_target.write_1h);
-            rates.output = rates.output.max(of_target.output);
+            let price = target.tariff.at(unix_ms)?;
+            for tier in [Tier::Default, tier] {
+                let of_target = price.rates(tier, input);
+                let dearest = of_target.input.max(of_target.cached);
+                rates.input = rates
+                    .input
+                    .max(dearest)
+                    .max(of_target.write_5m)
+                    .max(of_target.write_1h);
+                rates.output = rates.output.max(of_target.output);
+            }
         }
         Some(rates)
     }

@@ -6,7 +6,7 @@
 use std::{
     collections::HashMap,
     net::{IpAddr, Ipv6Addr},
-    sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release},
+    sync::atomic::{AtomicU64, Ordering::Acquire, Ordering::Relaxed, Ordering::Release, fence},
 };
 
 use super::counters::Counter;
@@ -142,7 +142,7 @@ impl Clients {
     pub fn add_to(&self, sums: &mut HashMap<IpAddr, Figures>) {
         for place in &self.places {
             let before = place.version.load(Acquire);
-            let (high, low) = (place.high.load(Acquire), place.low.load(Acquire));
+            let (high, low) = (place.high.load(Relaxed), place.low.load(Relaxed));
             let figures = Figures {
                 opened: place.opened.get(),
                 closed: place.closed.get(),
@@ -151,9 +151,11 @@ impl Clients {
                 tokens: place.tokens.get(),
                 bytes_in: place.bytes_in.get(),
                 bytes_out: place.bytes_out.get(),
-                seen_ms: place.seen_ms.load(Acquire),
+                seen_ms: place.seen_ms.load(Relaxed),
             };
-            let whole = before.is_multiple_of(2) && place.version.load(Acquire) == before;
+            // What was read above was read before the version is looked at again.
+            fence(Acquire);
+            let whole = before.is_multiple_of(2) && place.version.load(Relaxed) == before;
             if whole && (high, low) != (0, 0) {
                 let bits = u128::from(high) << 64 | u128::from(low);
                 let client = IpAddr::V6(Ipv6Addr::from_bits(bits)).to_canonical();
@@ -170,9 +172,11 @@ fn give_away(set: &[Place], high: u64, low: u64) -> Option<&Place> {
         (is_open, place.seen_ms.load(Relaxed))
     })?;
     let version = place.version.load(Relaxed);
-    place.version.store(version + 1, Release);
-    place.high.store(high, Release);
-    place.low.store(low, Release);
+    place.version.store(version + 1, Relaxed);
+    // Whoever sees any of what follows sees that the version is odd, or has moved on.
+    fence(Release);
+    place.high.store(high, Relaxed);
+    place.low.store(low, Relaxed);
     for counter in [
         &place.opened,
         &place.closed,

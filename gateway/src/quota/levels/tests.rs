@@ -1,4 +1,5 @@
 use jiff::tz::TimeZone;
+use proptest::prelude::*;
 
 use super::*;
 use crate::quota::calendar::{Calendar, Part};
@@ -198,4 +199,60 @@ fn a_sliding_window_grants_no_burst_at_its_border() {
     assert!(levels.reserve(&query, 1, at_s(10)).is_err());
     assert_eq!(left(&levels, &query, at_s(15)), 50);
     assert_eq!(left(&levels, &query, at_s(20)), 100);
+}
+
+#[test]
+fn what_is_given_back_below_a_reservation_was_no_time_that_passed_for_it() {
+    let (levels, window) = (Levels::default(), Window::Bucket { ns: 60_000_000_000 });
+    let query = query(&window);
+    let begin = at("2026-06-10T00:00:00Z");
+    let later = Moment {
+        steady_ns: begin.steady_ns + 30_000_000_000,
+        ..begin
+    };
+    let (below, _) = levels.reserve(&query, 50, begin).expect("room");
+    let (above, _) = levels.reserve(&query, 50, begin).expect("room");
+    levels.give_back(&query, &below, 50, 0, begin);
+    // Nobody has used anything; half a minute later the whole amount is there, once.
+    use_up(&levels, &query, 100, later);
+    levels.give_back(&query, &above, 50, 0, later);
+    assert_eq!(left(&levels, &query, later), 0);
+}
+
+proptest! {
+    /// Whatever is reserved, given back and charged, in whatever order: a bucket never says that more is left than one
+    /// that knew from the beginning what each request would use.
+    #[test]
+    fn a_bucket_with_reservations_grants_no_more_than_one_that_knew(
+        steps in proptest::collection::vec((0u64..20_000_000_000, 1u64..60, 0u64..60, 0usize..4), 1..60)
+    ) {
+        let ns = 60_000_000_000;
+        let (levels, window) = (Levels::default(), Window::Bucket { ns });
+        let query = query(&window);
+        let mut now = at("2026-06-10T00:00:00Z");
+        // Of each request: when, what it holds or has used, and its reservation while it runs.
+        let mut requests: Vec<(u64, u64, Option<Taken>, u64)> = Vec::new();
+        for (pause_ns, units, used, which) in steps {
+            now.steady_ns += if which == 0 { pause_ns } else { 0 };
+            if which < 2 {
+                if let Ok((taken, _)) = levels.reserve(&query, units, now) {
+                    requests.push((now.steady_ns, units, Some(taken), units));
+                }
+            } else if let Some(at) = requests.iter().position(|request| request.2.is_some()) {
+                // The oldest, or the youngest.
+                let at = if which == 2 { at } else { requests.len() - 1 };
+                let request = &mut requests[at];
+                if let Some(taken) = request.2.take() {
+                    request.1 = used.min(request.3);
+                    levels.give_back(&query, &taken, request.3, request.1, now);
+                }
+            }
+            let knew_ns = requests.iter().fold(0, |arrival_ns: u64, (at_ns, units, ..)| {
+                arrival_ns.max(*at_ns) + window::cost_ns(query.amount, ns, *units)
+            });
+            let knew = window::bucket_standing(query.amount, ns, knew_ns, now.steady_ns).remaining;
+            let left = left(&levels, &query, now);
+            prop_assert!(left <= knew, "{left} of {knew}");
+        }
+    }
 }

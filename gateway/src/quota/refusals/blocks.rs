@@ -110,7 +110,10 @@ impl Blocks {
             set.iter()
                 .min_by_key(|place| place.until_ns.load(Ordering::Relaxed))
         };
-        if let Some(place) = same.or_else(first_to_end) {
+        if let Some(place) = same {
+            // Never free in between.
+            place.until_ns.store(until_ns, Ordering::Release);
+        } else if let Some(place) = first_to_end() {
             // In this order a reader never takes one client's time for another's.
             place.until_ns.store(0, Ordering::Release);
             place.tag.store(tag, Ordering::Release);

@@ -195,6 +195,49 @@ fn credit_is_topped_up_at_run_time() {
 }
 
 #[test]
+fn a_running_stream_has_the_credit_of_now() {
+    let world = World::new("");
+    let subject = Subject::Key("a".into());
+    let set = |credit: &str| {
+        let text = format!(r#"{{"credit": "{credit}", "alerts": ["80%"]}}"#);
+        let schema: schema::Budget = serde_json::from_str(&text).expect("a budget");
+        world.quota.budgets.set(subject.clone(), &schema);
+    };
+    let alerts = || std::iter::from_fn(|| world.quota.budgets.next_alert()).count();
+    set("0.001");
+    let stream = Ask {
+        output_is_explicit: false,
+        stream: true,
+        ..ask(0, 1000)
+    };
+    let mut running = granted(world.admit(stream)).reservation;
+    assert!(running.extend(1001).is_err());
+    set("0.002");
+    running.extend(1001).expect("more credit");
+    set("0.0015");
+    while running.output_allowed() < 1500 {
+        running
+            .extend(running.output_allowed() + 1)
+            .expect("some is left");
+    }
+    assert!(running.extend(1501).is_err(), "less credit");
+    running.settle(used(0, 1500));
+    assert_eq!((world.budget(subject.clone()).used, alerts()), (1_500_000, 1));
+    // Each amount of credit has its own alerts.
+    set("0.01");
+    granted(world.admit(ask(0, 6000)))
+        .reservation
+        .settle(used(0, 6000));
+    assert_eq!(alerts(), 0);
+    for _ in 0..2 {
+        granted(world.admit(ask(0, 1000)))
+            .reservation
+            .settle(used(0, 1000));
+    }
+    assert_eq!(alerts(), 1);
+}
+
+#[test]
 fn a_soft_budget_counts_and_never_refuses() {
     let world = World::new("budget: { usd: 0.001, every: 1d, hard: false, alerts: [100%] }");
     for _ in 0..3 {

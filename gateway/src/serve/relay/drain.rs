@@ -36,13 +36,22 @@ pub fn detach(mut stream: Box<Stream>) {
     spawn(async move {
         let core = stream.core.clone();
         core.telemetry.counters().answers_drained.inc();
-        let Stream { upstream, meter, .. } = &mut *stream;
+        let Stream {
+            upstream,
+            meter,
+            account,
+            ..
+        } = &mut *stream;
         let mut end = read(&core, upstream, DRAIN_TIME_MAX, |payload| {
-            meter.feed(payload);
+            // Limits bind it as they did while the client was there: it takes more of them, or ends.
+            meter.feed_within(payload, &mut |delivered| account.extend(delivered).ok());
             meter.clear_ready();
-            !meter.seen.done
+            !meter.seen.done && !meter.is_exhausted()
         })
         .await;
+        if stream.meter.is_exhausted() {
+            stream.account.cut();
+        }
         drop(stream.meter.finish());
         stream.settle(Outcome::ClientGone);
         if end == End::Given && stream.meter.seen.done {
