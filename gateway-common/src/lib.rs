@@ -9,7 +9,7 @@ mod client;
 mod maps;
 
 pub use client::{ClientKey, Mask, Prefixes, V4_MAPPED_PREFIX};
-pub use maps::{Block, Client, Conn, LIFE_BUCKETS, Listeners, Port, Settings, TYPES, Totals, names};
+pub use maps::{Block, Client, Conn, LIFE_BUCKETS, Listeners, Near, Port, Settings, TYPES, Totals, names};
 
 /// Cores whose listeners may stand in one `SO_REUSEPORT` group. A core's slot in the socket array is
 /// `group * CORES_MAX + core`, so the bound also sets the array's stride: 8 bytes a slot.
@@ -54,6 +54,13 @@ pub const LOAD_SHARE_SHIFT: u32 = 4;
 /// How long an unknown client's unfinished attempt is held to be at work, nanoseconds: the time in which a SYN-ACK is
 /// repeated twice (after 1 s and 3 s, RFC 6298), so in which an honest client answers.
 pub const HALF_OPEN_NS: u64 = 4_000_000_000;
+
+/// The part of [`HALF_OPEN_NS`] up to which attempts are accounted for without asking who they are from. Beyond it, known and
+/// unknown clients are told apart.
+pub const CALM_NS: u64 = HALF_OPEN_NS / 2;
+
+/// Slots of the array that finds a listener group by its port; a power of two. Where two ports meet in one, a hash is asked.
+pub const NEAR_SLOTS: u32 = 64;
 
 /// How often an open connection's figures are added to the counters at most, nanoseconds. The last addition is at its end.
 pub const TELL_NS: u64 = 1_000_000_000;

@@ -28,6 +28,8 @@ pub mod names {
     pub const CONNS: &str = "CONNS";
     /// Hash socket cookie (`u64`) → [`super::Listeners`].
     pub const GROUPS: &str = "GROUPS";
+    /// Array port modulo [`crate::NEAR_SLOTS`] → [`super::Near`]: the groups that a port alone tells.
+    pub const NEAR: &str = "NEAR";
     /// Socket array, slot `group * CORES_MAX + core`.
     pub const SOCKETS: &str = "SOCKETS";
     /// Array CPU → core (`u32`), [`crate::CORE_NONE`] where there is none.
@@ -84,6 +86,10 @@ shared! {
         pub cores: u32,
         /// 1: [`names::NETS`] has entries and must be asked.
         pub nets: u32,
+        /// 1: [`names::BLOCKS`] may have entries that hold and must be asked.
+        pub clients: u32,
+        /// 1: who the client is matters to every attempt, because of blocks or a bound of clients.
+        pub asks: u32,
         /// Bits of an IPv4 client's key that count.
         pub mask_v4: [u64; 2],
         /// Bits of an IPv6 client's key that count.
@@ -124,7 +130,7 @@ shared! {
         pub fallback: u64,
         /// Packets other than a SYN that met the listener: the ACK of a SYN cookie, or strays of dead connections.
         pub stray: u64,
-        /// Packets whose client address could not be read; they are let through.
+        /// Packets whose client address was asked for and could not be read; they are let through.
         pub unreadable: u64,
         /// Clients' connections established.
         pub opened: u64,
@@ -217,6 +223,16 @@ shared! {
         pub bytes_out: u64,
         /// Of its segments sent again, those that are in the counters.
         pub retransmits: u64,
+    }
+
+    /// The one group that listens on a port; with a count of 0 the port does not tell.
+    pub struct Near {
+        /// The port, host order.
+        pub port: u32,
+        /// As [`Listeners::base`].
+        pub base: u32,
+        /// As [`Listeners::count`].
+        pub count: u32,
     }
 
     /// The group that a listening socket belongs to.

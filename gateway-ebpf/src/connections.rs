@@ -14,7 +14,7 @@ use aya_ebpf::{
     },
     helpers::{
         bpf_ktime_get_ns,
-        generated::{bpf_get_socket_cookie, bpf_sk_storage_get},
+        generated::{bpf_get_socket_cookie, bpf_ktime_get_coarse_ns, bpf_sk_storage_get},
     },
     macros::sock_ops,
     programs::SockOpsContext,
@@ -75,9 +75,7 @@ fn opened(ctx: &SockOpsContext) {
         count!(untracked);
         return;
     };
-    if !known {
-        give_back(settings);
-    }
+    give_back(settings, known, now_ns);
     // SAFETY: as above; `seen_ns` is one aligned word.
     unsafe {
         (*conn).born_ns = (*entry).born_ns;
@@ -93,8 +91,8 @@ fn measured(ctx: &SockOpsContext) {
         return;
     };
     // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked; a read of a context field.
-    let (now_ns, told_ns, state) = unsafe { (bpf_ktime_get_ns(), (*conn).told_ns, (*ctx.ops).state) };
-    if now_ns.wrapping_sub(told_ns) < TELL_NS || state != BPF_TCP_ESTABLISHED {
+    let (now_ns, told_ns, state) = unsafe { (bpf_ktime_get_coarse_ns(), (*conn).told_ns, (*ctx.ops).state) };
+    if now_ns.saturating_sub(told_ns) < TELL_NS || state != BPF_TCP_ESTABLISHED {
         return;
     }
     let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
@@ -182,19 +180,25 @@ fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Clie
     };
     count!(bytes_in, bytes_in);
     count!(bytes_out, bytes_out);
-    count!(retransmits, retransmits);
     // SAFETY: live values of maps, raised atomically; `srtt_us` is one aligned word.
     unsafe {
         add(&raw mut (*port).bytes_in, bytes_in);
         add(&raw mut (*port).bytes_out, bytes_out);
-        add(&raw mut (*port).retransmits, retransmits);
         if !entry.is_null() {
             add(&raw mut (*entry).bytes_in, bytes_in);
             add(&raw mut (*entry).bytes_out, bytes_out);
-            add(&raw mut (*entry).retransmits, retransmits);
             (*entry).srtt_us = srtt_us;
         }
+        // Mostly there are none, and each atomic add is a locked cycle.
+        if retransmits == 0 {
+            return;
+        }
+        add(&raw mut (*port).retransmits, retransmits);
+        if !entry.is_null() {
+            add(&raw mut (*entry).retransmits, retransmits);
+        }
     }
+    count!(retransmits, retransmits);
 }
 
 /// The bucket of a life: as many bits as its milliseconds have, below `LIFE_BUCKETS`.

@@ -74,6 +74,10 @@ struct Packet {
 #[inline(always)]
 fn judge(ctx: &XdpContext) -> Option<bool> {
     let settings = SETTINGS.get(0)?;
+    // Mostly nobody is blocked: then no packet is looked at.
+    if settings.clients == 0 && settings.nets == 0 {
+        return None;
+    }
     let packet = packet(ctx)?;
     if packet.protocol != TCP {
         return None;

@@ -4,9 +4,12 @@ use core::ptr::null_mut;
 
 use aya_ebpf::{
     btf_maps::lpm_trie::Key,
-    helpers::{bpf_ktime_get_ns, generated::bpf_map_lookup_elem},
+    helpers::{
+        bpf_ktime_get_ns,
+        generated::{bpf_ktime_get_coarse_ns, bpf_map_lookup_elem},
+    },
 };
-use gateway_common::{Block, Client, ClientKey, HALF_OPEN_NS, Settings};
+use gateway_common::{Block, CALM_NS, ClientKey, HALF_OPEN_NS, Settings};
 
 use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};
 
@@ -17,7 +20,9 @@ use crate::maps::{BLOCKS, CLIENTS, EXEMPT, HALF_OPEN, NETS, RATES, add};
 /// is none, and the verifier refuses to see it stored.
 #[inline(always)]
 pub fn block_of(settings: &Settings, whole: &ClientKey, client: &ClientKey) -> *mut Block {
-    if let Some(block) = BLOCKS.get_ptr_mut(client) {
+    if settings.clients != 0
+        && let Some(block) = BLOCKS.get_ptr_mut(client)
+    {
         // SAFETY: a live value of the map. User space may write it at the same time: each field is one aligned word.
         if now_ns() < unsafe { (*block).until_ns } {
             return block;
@@ -67,38 +72,62 @@ pub fn over_rate(settings: &Settings, client: &ClientKey) -> bool {
 
 /// True when the client has as many connections open as it may. Attempts that are under way do not count.
 #[inline(always)]
-pub fn over_open(settings: &Settings, entry: *mut Client) -> bool {
-    if entry.is_null() {
+pub fn over_open(settings: &Settings, client: &ClientKey) -> bool {
+    if settings.open_max == 0 {
         return false;
     }
+    let Some(entry) = CLIENTS.get_ptr_mut(client) else {
+        return false;
+    };
     // SAFETY: a live value of the map; two aligned words, which another CPU may raise in between.
     let open = unsafe { (*entry).opened.wrapping_sub((*entry).closed) };
-    settings.open_max != 0 && open >= settings.open_max
+    open >= settings.open_max
+}
+
+/// Takes an attempt from the common allowance, whoever it is from, as long as little of it is used. True, and nothing taken,
+/// when more is: then [`over_half_open`] decides. So while all is calm the client is not looked up.
+#[inline(always)]
+pub fn is_pressed(settings: &Settings) -> bool {
+    if settings.half_open_ns == 0 {
+        return false;
+    }
+    let Some(until) = HALF_OPEN.get_ptr_mut(0) else {
+        return false;
+    };
+    take(until, settings.half_open_ns, CALM_NS, coarse_ns())
 }
 
 /// Takes an unknown client's attempt from the common allowance; true when that is used up. Known clients, those with an
 /// entry and so with a finished handshake behind them, are not bound by it.
 #[inline(always)]
-pub fn over_half_open(settings: &Settings, entry: *mut Client) -> bool {
-    if settings.half_open_ns == 0 || !entry.is_null() {
+pub fn over_half_open(settings: &Settings, client: &ClientKey) -> bool {
+    if CLIENTS.get_ptr_mut(client).is_some() {
         return false;
     }
     let Some(until) = HALF_OPEN.get_ptr_mut(0) else {
         return false;
     };
     let slack = HALF_OPEN_NS.saturating_sub(settings.half_open_ns);
-    take(until, settings.half_open_ns, slack, now_ns())
+    take(until, settings.half_open_ns, slack, coarse_ns())
 }
 
-/// Gives an unknown client's attempt back to the common allowance, because its handshake is complete.
+/// Gives an attempt back to the common allowance, because its handshake is complete. A known client's was not taken while
+/// the allowance was pressed; where that has changed in between, one too few or too many is given back, while all is calm.
 #[inline(always)]
-pub fn give_back(settings: &Settings) {
+pub fn give_back(settings: &Settings, known: bool, now_ns: u64) {
     if settings.half_open_ns == 0 {
         return;
     }
-    if let Some(until) = HALF_OPEN.get_ptr_mut(0) {
-        add(until, settings.half_open_ns.wrapping_neg());
+    let Some(until) = HALF_OPEN.get_ptr_mut(0) else {
+        return;
+    };
+    // SAFETY: a live value of the map, one aligned word.
+    let until_ns = unsafe { *until };
+    // Nothing is taken, for example because the attempt was before this program: below 0 the word would wrap.
+    if until_ns <= now_ns || (known && until_ns - now_ns > CALM_NS) {
+        return;
     }
+    add(until, settings.half_open_ns.wrapping_neg());
 }
 
 /// The time. Asked for only where it is needed: it costs more than a look into an array, and a client that is neither blocked
@@ -109,13 +138,12 @@ pub fn now_ns() -> u64 {
     unsafe { bpf_ktime_get_ns() }
 }
 
-/// The client's entry, when there is a bound that asks for it; null: none.
+/// The time of the last timer interrupt, up to 10 ms old: a read of memory, where [`now_ns`] asks the clock. It is
+/// CLOCK_MONOTONIC (5.11).
 #[inline(always)]
-pub fn entry_of(settings: &Settings, client: &ClientKey) -> *mut Client {
-    if settings.open_max == 0 && settings.half_open_ns == 0 {
-        return null_mut();
-    }
-    CLIENTS.get_ptr_mut(client).unwrap_or(null_mut())
+fn coarse_ns() -> u64 {
+    // SAFETY: the helper has no preconditions.
+    unsafe { bpf_ktime_get_coarse_ns() }
 }
 
 /// Takes `each` from a bucket that holds `slack + each`; true when there is not that much in it.

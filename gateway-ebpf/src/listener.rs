@@ -21,11 +21,11 @@ use aya_ebpf::{
     programs::SkReuseportContext,
 };
 use aya_log_ebpf::info;
-use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, Settings, overloaded};
+use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, NEAR_SLOTS, Settings, overloaded};
 
 use crate::{
-    judge::{block_of, entry_of, is_exempt, now_ns, over_half_open, over_open, over_rate},
-    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
+    judge::{block_of, is_exempt, is_pressed, now_ns, over_half_open, over_open, over_rate},
+    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, NEAR, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
 };
 
 /// EtherTypes (include/uapi/linux/if_ether.h) and where the source address stands (RFC 791, RFC 8200).
@@ -50,15 +50,10 @@ pub fn listener(ctx: SkReuseportContext) -> u32 {
     if port == NO_ATTEMPT {
         count!(stray);
     }
-    match client_of(&ctx) {
-        Some(whole) => {
-            if refuse(&ctx, settings, &whole, port) {
-                return SK_DROP;
-            }
-        }
-        None => count!(unreadable),
+    if refuse(&ctx, settings, port) {
+        return SK_DROP;
     }
-    steer(&ctx, settings, port != NO_ATTEMPT);
+    steer(&ctx, settings, port);
     SK_PASS
 }
 
@@ -118,7 +113,16 @@ enum Why {
 
 /// True when the packet must be dropped: its client is blocked or over a bound, is not exempt, and the mode is to enforce it.
 #[inline(always)]
-fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port: u32) -> bool {
+fn refuse(ctx: &SkReuseportContext, settings: &Settings, port: u32) -> bool {
+    // The common case, nobody blocked and no bound reached, costs no look-up of the client: each may be two cache misses.
+    if settings.asks == 0 && (port == NO_ATTEMPT || !is_pressed(settings)) {
+        return false;
+    }
+    let Some(whole) = client_of(ctx) else {
+        count!(unreadable);
+        return false;
+    };
+    let whole = &whole;
     let client = whole.cut(settings.mask_v4, settings.mask_v6);
     let block = block_of(settings, whole, &client);
     if port == NO_ATTEMPT {
@@ -126,17 +130,14 @@ fn refuse(ctx: &SkReuseportContext, settings: &Settings, whole: &ClientKey, port
     }
     let why = if !block.is_null() {
         Why::Blocked
+    } else if over_open(settings, &client) {
+        Why::Open
+    } else if over_rate(settings, &client) {
+        Why::Rate
+    } else if (settings.asks == 0 || is_pressed(settings)) && over_half_open(settings, &client) {
+        Why::HalfOpen
     } else {
-        let entry = entry_of(settings, &client);
-        if over_open(settings, entry) {
-            Why::Open
-        } else if over_rate(settings, &client) {
-            Why::Rate
-        } else if over_half_open(settings, entry) {
-            Why::HalfOpen
-        } else {
-            return false;
-        }
+        return false;
     };
     if is_exempt(whole) {
         return false;
@@ -217,7 +218,8 @@ fn tell(ctx: &SkReuseportContext, client: &ClientKey, block: *mut Block, why: Wh
 /// Picks the core: the one of the CPU that took the packet, so that the connection stays in its caches, unless it carries
 /// much more than the least loaded. Without a pick the kernel's hash over the group decides.
 #[inline(always)]
-fn steer(ctx: &SkReuseportContext, settings: &Settings, attempt: bool) {
+fn steer(ctx: &SkReuseportContext, settings: &Settings, port: u32) {
+    let attempt = port != NO_ATTEMPT;
     if settings.steering == 0 || settings.cores == 0 {
         if attempt {
             count!(fallback);
@@ -225,7 +227,7 @@ fn steer(ctx: &SkReuseportContext, settings: &Settings, attempt: bool) {
         return;
     }
     let (core, own) = choose(ctx, settings);
-    if !select(ctx, core) {
+    if !select(ctx, port, core) {
         if attempt {
             count!(fallback);
         }
@@ -284,9 +286,17 @@ fn load(slot: u32) -> Option<u64> {
 
 /// Selects the core's socket of the group at hand. False: the core has none (any more).
 #[inline(always)]
-fn select(ctx: &SkReuseportContext, core: u32) -> bool {
+fn select(ctx: &SkReuseportContext, port: u32, core: u32) -> bool {
     if core >= CORES_MAX {
         return false;
+    }
+    // Should another port's packets be led here, the kernel refuses a socket that is not of the group at hand
+    // (sk_select_reuseport, net/core/filter.c).
+    if let Some(near) = NEAR.get(port % NEAR_SLOTS)
+        && near.count != 0
+        && near.port == port
+    {
+        return core < near.count && SOCKETS.select_reuseport(ctx, near.base + core).is_ok();
     }
     let md: *mut sk_reuseport_md = ctx.md;
     // SAFETY: `sk` is the listener that the look-up found first, never null (bpf_run_sk_reuseport, net/core/filter.c).

@@ -9,7 +9,7 @@ use aya_ebpf::{
 };
 use gateway_common::{
     BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX, GROUPS_MAX,
-    Listeners, NETS_MAX, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
+    Listeners, NEAR_SLOTS, NETS_MAX, Near, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
 };
 
 const SOCKETS_MAX: usize = (GROUPS_MAX * CORES_MAX) as usize;
@@ -48,6 +48,9 @@ pub static FRESH: PerCpuArray<Client, 1> = PerCpuArray::new();
 
 #[btf_map]
 pub static GROUPS: HashMap<u64, Listeners, SOCKETS_MAX> = HashMap::new();
+
+#[btf_map]
+pub static NEAR: Array<Near, { NEAR_SLOTS as usize }> = Array::new();
 
 #[btf_map]
 pub static SOCKETS: ReusePortSockArray<SOCKETS_MAX> = ReusePortSockArray::new();

@@ -156,6 +156,52 @@ fn certificates_by_name_in_both_versions() {
     }
 }
 
+/// What a proxy sends before its client's bytes, and whose client that makes this one.
+#[test]
+fn a_proxy_header_stands_before_the_handshake() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let directory = tempfile::tempdir().expect("a directory");
+    let pair = certificate(&["localhost"]);
+    save(directory.path(), "own", &pair);
+    let listener =
+        "- address: 127.0.0.1:0\n    trusted_proxies: [127.0.0.1/32]\n    proxy_protocol: required";
+    let text = with_tls(&Setup::new(fleet.url()), &["own"]);
+    let gateway = Gateway::start_in(directory, &text.replacen("- address: 127.0.0.1:0", listener, 1));
+    let config = trusting(&[&pair], &[&TLS13]);
+    let text = b"PROXY TCP4 203.0.113.7 10.0.0.1 4711 443\r\n".to_vec();
+    let mut binary = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c".to_vec();
+    binary.extend([203, 0, 113, 8, 10, 0, 0, 1, 0x30, 0x39, 1, 187]);
+    for (header, client) in [(text, "203.0.113.7"), (binary, "203.0.113.8")] {
+        let mut socket = TcpStream::connect(gateway.addr()).expect("a connection");
+        socket.set_read_timeout(Some(PATIENCE)).expect("set");
+        // In two pieces, the second in one with the handshake's beginning.
+        let (first, second) = header.split_at(header.len() / 2);
+        socket.write_all(first).expect("sent");
+        let name = ServerName::try_from("localhost").expect("a name");
+        let mut session = ClientConnection::new(config.clone(), name).expect("a session");
+        let mut rest = second.to_vec();
+        session.write_tls(&mut rest).expect("a hello");
+        socket.write_all(&rest).expect("sent");
+        let mut tls = StreamOwned::new(session, socket);
+        assert!(
+            ask(&mut tls, "fast", false).starts_with("HTTP/1.1 200"),
+            "{client}"
+        );
+        let shown = format!("\"client\":\"{client}\"");
+        eventually("a line in the access log", || {
+            gateway.log().contains(&shown).then_some(())
+        });
+    }
+    // A handshake without it is not begun.
+    let error = connect(gateway.addr(), &config, "localhost").expect_err("no header");
+    assert_ne!(error.kind(), ErrorKind::WouldBlock, "closed, not left hanging");
+    let metrics = gateway.admin("GET /metrics", "").text();
+    assert!(
+        metrics.contains("gateway_proxy_headers_refused_total 1\n"),
+        "{metrics}"
+    );
+}
+
 #[test]
 fn sessions_resume_on_every_core() {
     const CONNECTIONS: usize = 30;

@@ -151,9 +151,15 @@ fn drawn(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
     receiver
 }
 
-/// On a terminal it draws until a key ends it, and leaves the terminal as it was.
+/// The process of a command that `script` runs.
+fn child_of(script: u32) -> Option<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{script}/task/{script}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
+/// On a terminal it draws until a key or a signal ends it, and leaves the terminal as it was.
 #[test]
-fn live_on_a_terminal_until_a_key_ends_it() {
+fn live_on_a_terminal_until_it_is_ended() {
     let (_fleet, gateway, _clients) = used();
     // script(1) gives the command a terminal of its own.
     if !Command::new("script")
@@ -163,8 +169,8 @@ fn live_on_a_terminal_until_a_key_ends_it() {
     {
         return skipped("script(1) is not here");
     }
-    for end in [b"q".as_slice(), b"\x03"] {
-        let command = format!("{BINARY} top --every 200ms {}", reach(&gateway).join(" "));
+    for end in [Some(b"q".as_slice()), Some(b"\x03"), None] {
+        let command = format!("exec {BINARY} top --every 200ms {}", reach(&gateway).join(" "));
         let child = Command::new("script")
             .args(["-qefc", &command, "/dev/null"])
             .stdin(Stdio::piped())
@@ -192,7 +198,13 @@ fn live_on_a_terminal_until_a_key_ends_it() {
         receive_until("by connections", &mut seen);
         input.write_all(b"t").expect("a key");
         receive_until("by tokens", &mut seen);
-        input.write_all(end).expect("a key");
+        match end {
+            Some(key) => input.write_all(key).expect("a key"),
+            None => {
+                let top = child_of(child.0.id()).expect("the command");
+                gateway::net::process::terminate(top);
+            }
+        }
         receive_until("\u{1b}[?1049l", &mut seen);
         let began = Instant::now();
         let status = eventually("it ends", || child.0.try_wait().expect("a child"));

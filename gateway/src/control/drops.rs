@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    bounds::OFFENDERS_MAX,
+    bounds::{BLOCK_NETS_MAX, OFFENDERS_MAX},
     config::{
         Config,
         schema::{Drop, KernelMode},
@@ -69,6 +69,23 @@ impl Drops {
         offenders.lift(net);
     }
 
+    /// Whether one network more can be blocked by hand, or this one again.
+    ///
+    /// # Errors
+    /// Too many networks are blocked by hand.
+    pub fn room_for(&self, shared: &Shared, net: IpNet) -> Result<(), String> {
+        match shared.blocks.has_room(net, clock::monotonic_ns()) {
+            true => Ok(()),
+            false => Err(too_many()),
+        }
+    }
+
+    /// Ends what a client has open that another host blocked; such blocks are not bounded as those by hand are.
+    pub fn block_client(&self, shared: &Shared, client: IpNet, hold: Duration) {
+        let until_ns = clock::monotonic_ns().saturating_add(hold.as_nanos() as u64);
+        shared.blocks.block(client, Via::Direct, until_ns);
+    }
+
     /// Ends what the clients of a network have open that was blocked by hand, and turns away those behind proxies.
     ///
     /// # Errors
@@ -78,9 +95,13 @@ impl Drops {
         let until_ns = now_ns.saturating_add(hold.as_nanos() as u64);
         match shared.blocks.block_net(net, until_ns, now_ns) {
             true => Ok(()),
-            false => Err("too many networks are blocked by hand".into()),
+            false => Err(too_many()),
         }
     }
+}
+
+fn too_many() -> String {
+    format!("{BLOCK_NETS_MAX} networks are blocked by hand already, which is the bound: unblock one")
 }
 
 fn drop_client(

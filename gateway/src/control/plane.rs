@@ -66,7 +66,7 @@ pub struct State {
     addresses: Vec<SocketAddr>,
     tls: Vec<SharedTls>,
     trust: Vec<SharedTrust>,
-    drops: Drops,
+    pub(super) drops: Drops,
     /// What the process was started with: what only a restart changes still is as it says.
     at_start: Config,
     /// Locks are for the control thread alone; the data plane has none of them.
@@ -110,6 +110,7 @@ impl State {
             .shared
             .blocks
             .set_observe(config.kernel.mode == KernelMode::Observe);
+        directory.shared.blocks.set_exempt(drops::exempt(&config));
         Ok(State {
             shared: directory.shared.clone(),
             engine,
@@ -285,6 +286,7 @@ impl State {
         self.shared
             .blocks
             .set_observe(config.kernel.mode == KernelMode::Observe);
+        self.shared.blocks.set_exempt(drops::exempt(config));
         if let Ok(kernel) = self.kernel() {
             kernel.set_observe(config.kernel.mode == KernelMode::Observe);
             kernel.set_steering(config.kernel.steering);
@@ -436,6 +438,8 @@ impl State {
     pub fn kernel_block(&self, target: Target, hold: Duration) -> Result<IpNet, String> {
         let kernel = self.kernel()?;
         let net = target.net(|client| kernel.net_of(client));
+        // Asked first, so that nothing the kernel has taken must be taken back; only this thread blocks.
+        self.drops.room_for(&self.shared, net)?;
         kernel.block(net, hold).map_err(|error| error.to_string())?;
         self.drops.block_net(&self.shared, net, hold)?;
         self.tell_block(net, Some(hold));

@@ -35,6 +35,8 @@ pub struct Blocks {
     exempt: LpmTrie<MapData, ClientKey, u32>,
     /// The networks in the trie with the end of their blocks, so that their end is seen without walking it.
     until_ns: HashMap<IpNet, u64>,
+    /// When the last block of a client ends, as far as is known: one lifted or evicted before its time still counts.
+    clients_until_ns: u64,
     policy: Policy,
 }
 
@@ -48,8 +50,11 @@ impl Blocks {
     ) -> Result<Blocks, MapError> {
         let entries = nets.iter().take(NETS_MAX as usize).filter_map(Result::ok);
         let until_ns = entries.filter_map(|(key, block)| Some((net_of(&key)?, block.until_ns)));
+        let entries = clients.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
+        let clients_until_ns = entries.map(|(_, block)| block.until_ns).max().unwrap_or(0);
         let mut blocks = Blocks {
             until_ns: until_ns.collect(),
+            clients_until_ns,
             clients,
             nets,
             exempt,
@@ -66,6 +71,11 @@ impl Blocks {
     /// Whether the program must ask the trie.
     pub fn has_nets(&self) -> bool {
         !self.until_ns.is_empty()
+    }
+
+    /// Whether the program must ask the hash of clients.
+    pub fn has_clients(&self) -> bool {
+        self.clients_until_ns > clock::now_ns()
     }
 
     /// Replaces the exempt networks, and lifts the blocks that they now forbid.
@@ -105,7 +115,9 @@ impl Blocks {
             ..before.unwrap_or_default()
         };
         if self.policy.is_client(&net) {
-            return Ok(self.clients.insert(ClientKey::whole(net.addr()), block, 0)?);
+            self.clients.insert(ClientKey::whole(net.addr()), block, 0)?;
+            self.clients_until_ns = self.clients_until_ns.max(until_ns);
+            return Ok(());
         }
         if self.until_ns.len() >= NETS_MAX as usize && !self.until_ns.contains_key(&net) {
             return Err(BlockError::Full);

@@ -25,6 +25,7 @@ use super::{
     cgroup, clock,
     lines::ToTracing,
     loads::Loads,
+    near::Ports,
     off,
     pins::{Instance, Pins},
     policy::Policy,
@@ -97,6 +98,7 @@ impl Kernel {
             clients: counts.clients,
             totals: counts.totals,
             groups: map(&mut ebpf, names::GROUPS)?,
+            near: Ports::new(map(&mut ebpf, names::NEAR)?),
             sockets: map(&mut ebpf, names::SOCKETS)?,
             ports: counts.ports,
             cpu_cores: map(&mut ebpf, names::CPU_CORES)?,
@@ -120,17 +122,16 @@ impl Kernel {
         }
         place_all(&mut self.cpu_cores, plan.cores).map_err(failed)?;
         let (mask_v4, mask_v6) = prefixes.masks();
-        let has_nets = super::locked(&self.blocks).has_nets();
+        self.show(&super::locked(&self.blocks));
         self.set(|settings| {
             *settings = Settings {
                 enforce: u32::from(plan.config.mode != KernelMode::Observe),
                 steering: u32::from(plan.config.steering),
                 cores: plan.cores as u32,
-                nets: u32::from(has_nets),
                 mask_v4,
                 mask_v6,
                 forwards: u64::from(rights::may_forward()),
-                ..Settings::default()
+                ..*settings
             };
             bound(settings, &plan.config.connections);
         });

@@ -19,6 +19,7 @@ mod clock;
 mod lines;
 mod load;
 mod loads;
+mod near;
 mod off;
 mod pins;
 mod policy;
@@ -40,8 +41,8 @@ use aya::{
 };
 use aya_log::EbpfLogger;
 use gateway_common::{
-    CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, PORTS_MAX, Port, Settings, Totals,
-    names,
+    CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, Near, PORTS_MAX, Port, Settings,
+    Totals, names,
 };
 use ipnet::IpNet;
 use socket2::SockRef;
@@ -83,6 +84,7 @@ pub struct Kernel {
     clients: HashMap<MapData, ClientKey, Client>,
     totals: PerCpuArray<MapData, Totals>,
     groups: HashMap<MapData, u64, Listeners>,
+    near: near::Ports,
     sockets: ReusePortSockArray<MapData>,
     ports: HashMap<MapData, u32, Port>,
     cpu_cores: Array<MapData, u32>,
@@ -192,6 +194,13 @@ impl Kernel {
             count: sockets.len() as u32,
         };
         self.taken[group] = cookies.to_vec();
+        let near = sockets.first().and_then(port).map(|port| Near {
+            port: u32::from(port),
+            base,
+            count: listeners.count,
+        });
+        let stored = self.near.set(group, near);
+        stored.map_err(|e| Off::failed("handing the listener group to the kernel", &e))?;
         for cookie in cookies {
             let stored = self.groups.insert(cookie, listeners, 0);
             stored.map_err(|e| Off::failed("handing the listener group to the kernel", &e))?;
@@ -202,6 +211,7 @@ impl Kernel {
     /// Empties a group's slots. Those of closed sockets the kernel has emptied itself, so absence is no error.
     fn clear(&mut self, group: usize) {
         let base = group as u32 * CORES_MAX;
+        let _ = self.near.set(group, None);
         for (core, cookie) in std::mem::take(&mut self.taken[group]).iter().enumerate() {
             let _ = self.sockets.clear_index(&(base + core as u32));
             let _ = self.groups.remove(cookie);
@@ -235,9 +245,7 @@ impl Kernel {
         if let Err(error) = blocks.exempt(policy) {
             tracing::warn!(%error, "cannot tell the kernel which networks are exempt");
         }
-        let has_nets = blocks.has_nets();
-        drop(blocks);
-        self.set(|settings| settings.nets = u32::from(has_nets));
+        self.show(&blocks);
     }
 
     /// Replaces the bounds on clients' connections after a reload.
@@ -254,9 +262,7 @@ impl Kernel {
     pub fn block(&self, net: IpNet, hold: Duration) -> Result<(), BlockError> {
         let mut blocks = locked(&self.blocks);
         blocks.block(net, hold)?;
-        let has_nets = blocks.has_nets();
-        drop(blocks);
-        self.set(|settings| settings.nets = u32::from(has_nets));
+        self.show(&blocks);
         Ok(())
     }
 
@@ -276,9 +282,7 @@ impl Kernel {
     pub fn unblock(&self, net: IpNet) -> Result<bool, BlockError> {
         let mut blocks = locked(&self.blocks);
         let held = blocks.unblock(net)?;
-        let has_nets = blocks.has_nets();
-        drop(blocks);
-        self.set(|settings| settings.nets = u32::from(has_nets));
+        self.show(&blocks);
         Ok(held)
     }
 
@@ -355,11 +359,19 @@ impl Kernel {
         self.set(|settings| settings.steering = u32::from(steering));
     }
 
+    /// Tells the program which maps of blocks it must ask.
+    fn show(&self, blocks: &Blocks) {
+        let (nets, clients) = (blocks.has_nets(), blocks.has_clients());
+        self.set(|settings| (settings.nets, settings.clients) = (u32::from(nets), u32::from(clients)));
+    }
+
     /// Changes the settings, in the map only when they are not so already.
     fn set(&self, change: impl FnOnce(&mut Settings)) {
         let mut settings = locked(&self.settings);
         let mut wanted = settings.now;
         change(&mut wanted);
+        let bound = wanted.rate_ns != 0 || wanted.open_max != 0;
+        wanted.asks = u32::from(bound || wanted.nets != 0 || wanted.clients != 0);
         if wanted == settings.now {
             return;
         }
@@ -414,9 +426,7 @@ impl Kernel {
     pub fn tick(&self) {
         let mut blocks = locked(&self.blocks);
         blocks.sweep();
-        let has_nets = blocks.has_nets();
-        drop(blocks);
-        self.set(|settings| settings.nets = u32::from(has_nets));
+        self.show(&blocks);
         locked(&self.lines).flush();
     }
 }

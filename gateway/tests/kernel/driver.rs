@@ -15,11 +15,59 @@ use proptest::{
     test_runner::{Config, TestRunner},
 };
 
-use crate::support::{HOLD, Peer, load_ports, load_with, net};
+use crate::support::{HOLD, INNER, Peer, in_isolation, load_ports, load_with, net};
 
 const PORT: u16 = 8080;
 const BLOCKED: &str = "192.0.2.7";
 const BLOCKED_V6: &str = "2001:db8:1::7";
+
+/// Prints what a frame costs by BPF_PROG_TEST_RUN, a million times each; needs bpftool.
+#[test]
+#[ignore = "a measurement, not a test"]
+fn frames() {
+    if std::env::var(INNER).as_deref() != Ok("driver::frames") {
+        return in_isolation("driver::frames", "");
+    }
+    let kernel = on_loopback(schema::KernelMode::Auto);
+    let ack = Frame {
+        flags: 0x10,
+        ..Frame::new("192.0.2.8")
+    };
+    for (what, frame) in [
+        ("a blocked client's SYN", Frame::new(BLOCKED)),
+        ("a blocked IPv6 client's SYN", Frame::new(BLOCKED_V6)),
+        ("another client's SYN", Frame::new("192.0.2.8")),
+        ("an open connection's segment", ack),
+    ] {
+        println!("{what}: {}", run_a_million_times(&frame.build()));
+    }
+    for blocked in kernel.blocked() {
+        kernel.unblock(blocked.net).expect("unblocked");
+    }
+    drop(kernel);
+    let _kernel = load_ports(&xdp("lo", XdpMode::Generic), &[PORT]).expect("the programs");
+    println!(
+        "nobody blocked: {}",
+        run_a_million_times(&Frame::new(BLOCKED).build())
+    );
+}
+
+/// Of the program that was loaded last.
+fn run_a_million_times(frame: &[u8]) -> String {
+    let input = std::env::temp_dir().join(format!("gateway-frame-{}", std::process::id()));
+    std::fs::write(&input, frame).expect("a file");
+    let run = "id=$(bpftool prog show name driver | awk '/^[0-9]+: xdp/ { last = $1 } END { sub(\":\", \"\", last); print last }'); \
+               bpftool prog run id $id data_in \"$0\" repeat 1000000";
+    let output = std::process::Command::new("sh")
+        .args(["-c", run])
+        .arg(&input)
+        .output()
+        .expect("sh");
+    let _ = std::fs::remove_file(&input);
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat())
+        .trim()
+        .to_owned()
+}
 
 isolated! {
     only_syns_of_blocked_clients_to_the_ports_are_dropped("") {

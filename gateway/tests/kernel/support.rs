@@ -63,6 +63,8 @@ pub fn in_isolation(name: &str, caps: &str) {
         output.status.success() && text.contains("1 passed"),
         "{text}{errors}"
     );
+    // Shown with --nocapture: what a measurement says.
+    print!("{text}");
 }
 
 /// What is missing to run at all. A program that the verifier rejects is not: the tests must fail then.

@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, Write, stdout},
-    sync::Once,
+    sync::{
+        Arc, Once,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -31,9 +34,15 @@ pub enum Key {
     Redraw,
 }
 
+/// Signals that end a program; a terminal that is closed sends the last one.
+const ENDING: [i32; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+/// Longest time for which such a signal goes unnoticed while a key is waited for.
+const NOTICE_MAX: Duration = Duration::from_millis(200);
+
 /// The terminal in raw mode, on its alternate screen, without a cursor.
 pub struct Screen {
-    _private: (),
+    /// A signal asks it to end.
+    ended: Arc<AtomicBool>,
 }
 
 impl Screen {
@@ -51,9 +60,13 @@ impl Screen {
                 before(panic);
             }));
         });
+        let ended = Arc::new(AtomicBool::new(false));
+        for signal in ENDING {
+            signal_hook::flag::register(signal, ended.clone())?;
+        }
         enable_raw_mode()?;
         // From here on the drop gives it back, also when the next line fails.
-        let screen = Screen { _private: () };
+        let screen = Screen { ended };
         execute!(stdout(), EnterAlternateScreen, Hide)?;
         Ok(screen)
     }
@@ -80,15 +93,22 @@ impl Screen {
         out.flush()
     }
 
-    /// Waits for a key that means something.
+    /// Waits for a key that means something; a signal to end is one.
     pub fn key(&mut self, wait: Duration) -> io::Result<Option<Key>> {
         let began = std::time::Instant::now();
-        while poll(wait.saturating_sub(began.elapsed()))? {
-            if let Some(key) = meaning(&read()?) {
-                return Ok(Some(key));
+        loop {
+            if self.ended.load(Ordering::Relaxed) {
+                return Ok(Some(Key::End));
+            }
+            let left = wait.saturating_sub(began.elapsed());
+            if poll(left.min(NOTICE_MAX))? {
+                if let Some(key) = meaning(&read()?) {
+                    return Ok(Some(key));
+                }
+            } else if left.is_zero() {
+                return Ok(None);
             }
         }
-        Ok(None)
     }
 }
 

@@ -21,6 +21,12 @@ impl Node for State {
         let Ok(kernel) = self.kernel() else { return };
         match kernel.block(client, hold) {
             Ok(()) => {
+                // Only then: without the kernel's block a client is served on (control/drops.rs).
+                if kernel.net_of(client.addr()) == client {
+                    self.drops.block_client(&self.shared, client, hold);
+                } else if let Err(error) = self.drops.block_net(&self.shared, client, hold) {
+                    tracing::warn!(%client, error, "open connections of a network that another host blocked go on");
+                }
                 tracing::info!(%client, seconds = hold.as_secs(), "another host blocked a client: blocked here")
             }
             // Each host has its own exempt networks.
@@ -32,6 +38,7 @@ impl Node for State {
     }
 
     fn unblock_from_peer(&self, client: IpNet) {
+        self.drops.lift(&self.shared, client);
         let Ok(kernel) = self.kernel() else { return };
         if let Err(error) = kernel.unblock(client) {
             tracing::warn!(%client, %error, "cannot lift a block that another host lifted");

@@ -5,7 +5,11 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
 };
 
 use arc_swap::ArcSwap;
@@ -32,6 +36,8 @@ pub struct Blocks {
     hasher: RandomState,
     /// Networks blocked by hand, few, with their ends.
     nets: ArcSwap<Vec<(IpNet, u64)>>,
+    /// Networks that a block of a wider one leaves out.
+    exempt: ArcSwap<Vec<IpNet>>,
     /// When the last of all blocks ends: mostly nobody is blocked, and that is then all that is looked at.
     last_until_ns: AtomicU64,
     /// Rises with each new block.
@@ -45,6 +51,7 @@ impl Default for Blocks {
             places: (0..BLOCK_SLOTS).map(|_| Place::default()).collect(),
             hasher: RandomState::new(),
             nets: ArcSwap::default(),
+            exempt: ArcSwap::default(),
             last_until_ns: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             observe: AtomicBool::new(false),
@@ -84,7 +91,21 @@ impl Blocks {
         let hit = nets
             .iter()
             .find(|(net, until_ns)| *until_ns > now_ns && net.contains(&client.ip));
-        hit.map(|(_, until_ns)| *until_ns)
+        let (_, until_ns) = hit?;
+        let is_exempt = self
+            .exempt
+            .load()
+            .iter()
+            .any(|exempt| exempt.contains(&client.ip));
+        (!is_exempt).then_some(*until_ns)
+    }
+
+    /// Replaces the networks that are let in though a wider one is blocked, as the kernel does. This host's own two
+    /// addresses always are.
+    pub fn set_exempt(&self, exempt: Vec<IpNet>) {
+        let own = [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)].map(IpNet::from);
+        self.exempt
+            .store(Arc::new(own.into_iter().chain(exempt).collect()));
     }
 
     /// Rises with each new block: what is open then looks whether it is hit.
@@ -120,6 +141,15 @@ impl Blocks {
             place.until_ns.store(until_ns, Ordering::Release);
         }
         self.announce(until_ns);
+    }
+
+    /// Whether [`Blocks::block_net`] takes this network. For the control thread, so it still does a moment later.
+    pub fn has_room(&self, net: IpNet, now_ns: u64) -> bool {
+        let nets = self.nets.load();
+        let others = nets
+            .iter()
+            .filter(|(other, until_ns)| *other != net && *until_ns > now_ns);
+        others.count() < BLOCK_NETS_MAX
     }
 
     /// Turns away a network, however its clients come; false when there are too many. For the control thread.
@@ -159,8 +189,6 @@ impl Blocks {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use super::*;
 
     const PREFIXES: Prefixes = Prefixes { v4: 32, v6: 64 };
@@ -174,6 +202,23 @@ mod tests {
 
     fn net(text: &str) -> IpNet {
         text.parse().expect("network")
+    }
+
+    #[test]
+    fn a_blocked_network_leaves_out_who_is_exempt() {
+        let blocks = Blocks::default();
+        blocks.set_exempt(vec![net("10.1.0.0/16")]);
+        assert!(blocks.block_net(net("10.0.0.0/8"), 100, 1));
+        assert!(blocks.block_net(net("127.0.0.0/8"), 100, 1));
+        for (client, turned_away) in [
+            ("10.0.0.1", true),
+            ("10.1.0.1", false),
+            ("127.0.0.1", false),
+            ("127.0.0.2", true),
+        ] {
+            let until = blocks.until(at(client, Via::Direct), PREFIXES, 1);
+            assert_eq!(until.is_some(), turned_away, "{client}");
+        }
     }
 
     #[test]
@@ -210,7 +255,12 @@ mod tests {
         for n in 1..BLOCK_NETS_MAX as u32 {
             assert!(blocks.block_net(net(&format!("{}/32", std::net::Ipv4Addr::from(n))), 100, 1));
         }
+        assert!(!blocks.has_room(net("11.0.0.0/8"), 1) && blocks.has_room(net("10.0.0.0/8"), 1));
         assert!(!blocks.block_net(net("11.0.0.0/8"), 100, 1), "full");
+        assert!(
+            blocks.has_room(net("11.0.0.0/8"), 100),
+            "the others' time is over"
+        );
         assert!(
             blocks.block_net(net("11.0.0.0/8"), 200, 100),
             "the others are over"
