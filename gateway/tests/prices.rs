@@ -94,6 +94,25 @@ fn records_sums_and_metrics_agree_to_the_nano_dollar() {
 }
 
 #[test]
+fn records_and_sums_name_the_keys_team_and_organization() {
+    let fleet = fleet("tokens=2,pace=0,first=0");
+    let gateway = Setup::new(fleet.url())
+        .more("organizations: [{ name: acme }]\nteams: [{ name: search, organization: acme }]\n")
+        .key("bob", "sk-test-bob", ", team: search")
+        .start();
+    let mut client = Client::connect(gateway.addr());
+    let bob = "authorization: Bearer sk-test-bob\r\n";
+    client.post_with(CHAT, &chat("fast", false), bob);
+    assert_eq!(client.answer().status, 200);
+    let record = &gateway.await_records(1)[0];
+    let names = (&*record.key, &*record.team, &*record.organization);
+    assert_eq!(names, ("bob", "search", "acme"));
+    let output = gateway.command(&["usage", "--by", "organization", "--format", "csv"]);
+    let text = String::from_utf8(output.stdout).expect("text");
+    assert!(text.contains("acme"), "{text}");
+}
+
+#[test]
 fn a_cost_that_nobody_knows_is_null_and_counted() {
     let fleet = fleet("tokens=2,pace=0,first=0");
     let gateway = Setup::new(fleet.url()).model("dear", "dear").more(PRICES).start();

@@ -291,11 +291,8 @@ impl<F: Follow> Worker<F> {
         if let Err(failure) = self.db.begin() {
             self.note(Some(&failure));
             for job in jobs {
-                // Without a transaction the job's savepoint would be one of its own.
-                let _ = self.db.begin();
-                let finish = job(&mut self.db);
-                self.db.abandon();
-                finish(Err(failure.clone()));
+                // Without a transaction it changes nothing.
+                job(&mut self.db)(Err(failure.clone()));
             }
             return;
         }

@@ -23,6 +23,13 @@ const CARRY_KEPT_BYTES: usize = 16 * 1024;
 const COUNTED: u64 = 64;
 const SAMPLED: u64 = 8;
 
+/// How nearly all chunks end: the last reason in them is null, and there is nothing to be searched for.
+const UNFINISHED: [&[u8]; 3] = [
+    b"\"finish_reason\":null}]}",
+    b"\"finish_reason\":null}],\"usage\":null}",
+    b"\"finish_reason\": null}]}",
+];
+
 /// What is known of one stream.
 pub struct Meter {
     api: Api,
@@ -110,6 +117,25 @@ impl Seen {
     /// text makes by its length, whichever is more.
     pub fn tokens_estimated(&self, calibration: &Calibration) -> u64 {
         self.texts().max(calibration.output_tokens(self.text_bytes()))
+    }
+
+    /// What the stream has told of its usage, or else an estimate, with so many input tokens; and whether it is one.
+    ///
+    /// Some servers tell a usage with the first chunk, or with all. Where the stream broke off behind one that is less
+    /// than what was delivered, that is estimated all the same.
+    pub fn used(&self, prompt: u64, calibration: &Calibration) -> (Usage, bool) {
+        let has_ended = self.done || self.finish != Finish::Unknown;
+        match self.usage {
+            Some(usage) if has_ended || usage.completion >= self.texts() => (usage, false),
+            told => {
+                let told = told.unwrap_or(Usage {
+                    prompt,
+                    ..Usage::default()
+                });
+                let completion = self.tokens_estimated(calibration).max(told.completion);
+                (Usage { completion, ..told }, true)
+            }
+        }
     }
 }
 
@@ -210,7 +236,7 @@ impl Meter {
     /// The stream has ended: what was held back of an event that lacks its empty line, to be sent last.
     pub fn finish(&mut self) -> Vec<u8> {
         let rest = std::mem::take(&mut self.carry);
-        let shown = rest.is_empty() || self.look(&rest);
+        let shown = rest.is_empty() || self.look(&rest, true);
         if self.hide_usage && !self.is_long && shown {
             rest
         } else {
@@ -224,11 +250,13 @@ impl Meter {
     }
 
     fn feed_passing(&mut self, payload: &[u8], extend: Extend<'_>) -> Range<usize> {
-        let mut from = 0;
+        let (mut from, mut usage) = (0, None);
         while let Some(length) = self.framer.next_end(&payload[from..]) {
             let event = &payload[from..from + length];
             if self.carry.is_empty() {
-                self.look(event);
+                // One search for all events of the read.
+                let usage = *usage.get_or_insert_with(|| usage::may_have_usage(&payload[from..]));
+                self.look(event, usage);
             } else {
                 self.look_carried(event);
                 self.reset_carry();
@@ -243,7 +271,7 @@ impl Meter {
     }
 
     fn feed_holding(&mut self, payload: &mut [u8], extend: Extend<'_>) -> Range<usize> {
-        let (mut from, mut kept) = (0, 0..0);
+        let (mut from, mut kept, mut usage) = (0, 0..0, None);
         while let Some(length) = self.framer.next_end(&payload[from..]) {
             let mut event = from..from + length;
             from = event.end;
@@ -254,7 +282,8 @@ impl Meter {
                 }
                 continue;
             }
-            let shown = self.look(&payload[event.clone()]);
+            let usage = *usage.get_or_insert_with(|| usage::may_have_usage(&payload[event.start..]));
+            let shown = self.look(&payload[event.clone()], usage);
             let part = self.shown_part(&payload[event.clone()], shown);
             event = event.start + part.start..event.start + part.end;
             if kept.is_empty() {
@@ -344,14 +373,14 @@ impl Meter {
             self.count(&carry);
             true
         } else {
-            self.look(&carry)
+            self.look(&carry, true)
         };
         self.carry = carry;
         shown
     }
 
-    /// Looks at one whole event. False: hide it.
-    fn look(&mut self, event: &[u8]) -> bool {
+    /// Looks at one whole event; `usage`: it may tell one. False: hide it.
+    fn look(&mut self, event: &[u8], usage: bool) -> bool {
         // The LF of a CRLF may come only after its event was taken for ended.
         let event = event.trim_ascii_start();
         if let Some(bound) = &mut self.bound
@@ -361,7 +390,7 @@ impl Meter {
         {
             bound.opening.extend_from_slice(data);
         }
-        if usage::may_have_usage(event) && self.look_for_usage(event) {
+        if usage && usage::may_have_usage(event) && self.look_for_usage(event) {
             return false;
         }
         match self.api {
@@ -403,6 +432,10 @@ impl Meter {
 
     /// Keeps the reason that a chunk tells; all but one tell null.
     fn note_finish(&mut self, event: &[u8]) {
+        let told = event.trim_ascii_end();
+        if UNFINISHED.iter().any(|end| told.ends_with(end)) {
+            return;
+        }
         let finish = finish_of(event);
         if finish != Finish::Unknown {
             self.seen.finish = finish;
@@ -651,6 +684,23 @@ mod tests {
     }
 
     #[test]
+    fn a_usage_that_came_too_early_is_not_the_whole_truth() {
+        let early = r#"data: {"choices":[{"delta":{"content":"a"}}],"usage":{"prompt_tokens":9,"completion_tokens":1}}"#;
+        let mut meter = Meter::new(Api::ChatCompletions, false);
+        relay(&mut meter, &[format!("{early}\n\n").as_bytes()]);
+        let used = |meter: &Meter| {
+            let (usage, estimated) = meter.seen.used(4, &Calibration::default());
+            (usage.prompt, usage.completion, estimated)
+        };
+        assert_eq!(used(&meter), (9, 1, false));
+        relay(&mut meter, &[CHUNK.repeat(20).as_bytes()]);
+        assert_eq!(used(&meter), (9, 25, true), "a hundred bytes and one");
+        relay(&mut meter, &[USAGE.as_bytes(), DONE.as_bytes()]);
+        assert_eq!(used(&meter), (3, 2, false), "the last word is the provider's");
+        assert_eq!(used(&Meter::new(Api::ChatCompletions, false)), (4, 0, true));
+    }
+
+    #[test]
     fn a_long_stream_is_counted_by_a_sample() {
         let mut meter = Meter::new(Api::ChatCompletions, true);
         let one = r#"data: {"choices":[{"delta":{"content":"twelve bytes"}}]}"#;
@@ -678,6 +728,9 @@ mod tests {
             (r#"{"finish_reason":"st"#, Finish::Unknown),
         ] {
             assert_eq!(finish_of(json.as_bytes()), finish, "{json}");
+        }
+        for end in UNFINISHED {
+            assert_eq!(finish_of(end), Finish::Unknown);
         }
     }
 

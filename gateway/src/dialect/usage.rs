@@ -12,6 +12,9 @@ use crate::bounds::USAGE_TOKENS_MAX;
 /// value, which the colon tells apart.
 static NEEDLE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
 
+/// What the tier stands behind.
+static TIER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"service_tier\""));
+
 /// Usage as OpenAI-compatible servers write it: Chat Completions and embeddings name their tokens prompt and
 /// completion, the Responses API input and output. Unknown fields are passed over.
 #[derive(Debug, Default, Deserialize)]
@@ -21,6 +24,10 @@ struct Wire {
     completion_tokens: Option<u64>,
     input_tokens: Option<u64>,
     output_tokens: Option<u64>,
+    total_tokens: Option<u64>,
+    /// DeepSeek's name for what it read from its cache (api-docs.deepseek.com/guides/kv_cache), and Moonshot's.
+    prompt_cache_hit_tokens: Option<u64>,
+    cached_tokens: Option<u64>,
     prompt_tokens_details: Option<InputDetails>,
     input_tokens_details: Option<InputDetails>,
     completion_tokens_details: Option<OutputDetails>,
@@ -104,17 +111,36 @@ pub fn is_usage_only(json: &[u8]) -> bool {
 }
 
 /// Looks for the usage in the last part of an answer that was too long to be kept: the last usage object
-/// that is whole.
+/// that is whole, and the last tier.
 pub fn find_in_tail(tail: &[u8]) -> Option<Usage> {
     let starts: Vec<usize> = NEEDLE.find_iter(tail).collect();
-    starts.into_iter().rev().find_map(|at| {
+    let mut usage = starts.into_iter().rev().find_map(|at| {
         let rest = &tail[at + NEEDLE.needle().len()..];
         let open = rest.iter().position(|b| !b.is_ascii_whitespace() && *b != b':')?;
         let rest = &rest[open..];
         // The object ends at the first brace up to which it is valid; usage objects nest two deep.
         let ends = memchr::memchr_iter(b'}', rest).take(8);
         ends.map(|end| &rest[..=end]).find_map(parse)
-    })
+    })?;
+    if let Some(tier) = tier_in_tail(tail) {
+        usage.tier = tier;
+    }
+    Some(usage)
+}
+
+fn tier_in_tail(tail: &[u8]) -> Option<Tier> {
+    let mut tier = None;
+    for at in TIER.find_iter(tail) {
+        let rest = tail[at + TIER.needle().len()..].trim_ascii_start();
+        let word = rest
+            .strip_prefix(b":")
+            .map(<[u8]>::trim_ascii_start)
+            .and_then(|rest| rest.strip_prefix(b"\""));
+        if let Some((word, end)) = word.and_then(|word| Some((word, memchr::memchr(b'"', word)?))) {
+            tier = std::str::from_utf8(&word[..end]).ok().map(Tier::of).or(tier);
+        }
+    }
+    tier
 }
 
 /// Parses one usage object.
@@ -127,7 +153,7 @@ fn parse(object: &[u8]) -> Option<Usage> {
     if prompt.is_none() && completion.is_none() {
         return None;
     }
-    let (prompt, completion) = (prompt.unwrap_or(0), completion.unwrap_or(0));
+    let (prompt, mut completion) = (prompt.unwrap_or(0), completion.unwrap_or(0));
     if prompt.max(completion) > USAGE_TOKENS_MAX {
         return None;
     }
@@ -139,6 +165,16 @@ fn parse(object: &[u8]) -> Option<Usage> {
         .completion_tokens_details
         .or(wire.output_tokens_details)
         .unwrap_or_default();
+    // xAI counts reasoning beside the completion, and bills it as output; its total tells
+    // (docs.x.ai, "Consumption and Rate Limits").
+    let reasoning = output.reasoning_tokens.unwrap_or(0).min(USAGE_TOKENS_MAX);
+    if reasoning > 0 && wire.total_tokens == Some(prompt + completion + reasoning) {
+        completion += reasoning;
+    }
+    let cached = input
+        .cached_tokens
+        .or(wire.prompt_cache_hit_tokens)
+        .or(wire.cached_tokens);
     let write_1h = wire
         .cache_creation
         .as_ref()
@@ -153,7 +189,7 @@ fn parse(object: &[u8]) -> Option<Usage> {
     let write_5m = writes.or(wire.cache_creation.and_then(|c| c.ephemeral_5m_input_tokens));
     let usage = Usage {
         prompt,
-        cached: input.cached_tokens.unwrap_or(0),
+        cached: cached.unwrap_or(0),
         cache_write_5m: write_5m.unwrap_or(0),
         cache_write_1h: write_1h,
         completion,
@@ -246,6 +282,45 @@ mod tests {
     }
 
     #[test]
+    fn reasoning_beside_the_completion_is_output() {
+        let told = |json: &str| find(Api::ChatCompletions, json.as_bytes()).expect("usage");
+        // As xAI tells it: 32 + 9 + 94 = 135.
+        let usage = told(
+            r#"{"usage":{"prompt_tokens":32,"completion_tokens":9,"total_tokens":135,
+            "completion_tokens_details":{"reasoning_tokens":94}}}"#,
+        );
+        assert_eq!(
+            (usage.completion, usage.reasoning, usage.clamped),
+            (103, 94, false)
+        );
+        // As OpenAI does: 32 + 100 = 132.
+        let usage = told(
+            r#"{"usage":{"prompt_tokens":32,"completion_tokens":100,"total_tokens":132,
+            "completion_tokens_details":{"reasoning_tokens":94}}}"#,
+        );
+        assert_eq!(
+            (usage.completion, usage.reasoning, usage.clamped),
+            (100, 94, false)
+        );
+    }
+
+    #[test]
+    fn cached_input_is_known_by_its_other_names() {
+        let told = |json: &str| find(Api::ChatCompletions, json.as_bytes()).expect("usage").cached;
+        for more in [
+            r#""prompt_cache_hit_tokens":30,"prompt_cache_miss_tokens":70"#,
+            r#""cached_tokens":30"#,
+            r#""prompt_tokens_details":{"cached_tokens":30},"prompt_cache_hit_tokens":31"#,
+        ] {
+            assert_eq!(
+                told(&format!(r#"{{"usage":{{"prompt_tokens":100,{more}}}}}"#)),
+                30,
+                "{more}"
+            );
+        }
+    }
+
+    #[test]
     fn a_null_is_not_worth_parsing() {
         assert!(!may_have_usage(br#"{"choices":[{}],"usage":null}"#));
         assert!(!may_have_usage(br#"{"content":"say \"usage\": {"}"#));
@@ -268,6 +343,16 @@ mod tests {
     fn the_tail_of_a_long_answer() {
         let tail = format!("…cut off\"usage\": {{\"broken\" {CHAT}");
         assert_eq!(find_in_tail(tail.as_bytes()), Some(EXPECTED));
+        let tier = |tail: &str| find_in_tail(tail.as_bytes()).expect("usage").tier;
+        assert_eq!(tier(&format!(r#"{tail},"service_tier": "flex"}}"#)), Tier::Flex);
+        assert_eq!(
+            tier(&format!(r#""service_tier":"priority",{CHAT}"#)),
+            Tier::Priority
+        );
+        assert_eq!(
+            tier(&format!(r#""x":"\"service_tier\":\"flex\"",{CHAT}"#)),
+            Tier::Default
+        );
         for cut in 0..CHAT.len() {
             find_in_tail(&CHAT.as_bytes()[..cut]);
             find(Api::ChatCompletions, &CHAT.as_bytes()[..cut]);

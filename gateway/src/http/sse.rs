@@ -75,6 +75,10 @@ impl Framer {
             if ends_event {
                 return Some(at);
             }
+            // The empty line right behind, as nearly always, needs no search.
+            if bytes.get(at) == Some(&b'\n') {
+                return Some(at + 1);
+            }
         }
         None
     }

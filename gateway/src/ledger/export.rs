@@ -17,6 +17,7 @@ use std::{
 };
 
 use anyhow::{Context, bail};
+use crossbeam::channel;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -55,10 +56,15 @@ pub struct Reached {
     pub at: usize,
 }
 
-/// The thread that delivers. Dropping it ends it, after the batch that is on its way.
+/// How long the end waits for the batch that is on its way. What is not receipted is sent again by the next run.
+const END_TIME_MAX: Duration = Duration::from_secs(2);
+
+/// The thread that delivers. Dropping it ends it, after the batch that is on its way or [`END_TIME_MAX`].
 #[derive(Debug)]
 pub struct Exporter {
     stop: Option<mpsc::Sender<()>>,
+    /// Disconnected when the thread is done.
+    done: channel::Receiver<()>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -67,12 +73,17 @@ impl Exporter {
     pub fn start(config: &ClickHouse, state: &Path, public: Arc<Public>) -> anyhow::Result<Exporter> {
         let mut delivery = Delivery::new(config, state, public)?;
         let (stop, stopped) = mpsc::channel();
+        let (ending, done) = channel::bounded(0);
         let thread = std::thread::Builder::new()
             .name("export".into())
-            .spawn(move || delivery.run(&stopped))
+            .spawn(move || {
+                let _ending: channel::Sender<()> = ending;
+                delivery.run(&stopped);
+            })
             .context("cannot start the export's thread")?;
         Ok(Exporter {
             stop: Some(stop),
+            done,
             thread: Some(thread),
         })
     }
@@ -81,6 +92,10 @@ impl Exporter {
 impl Drop for Exporter {
     fn drop(&mut self) {
         self.stop = None;
+        if self.done.recv_timeout(END_TIME_MAX) == Err(channel::RecvTimeoutError::Timeout) {
+            // The server does not answer, and the end of the gateway does not wait for it.
+            return;
+        }
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -347,6 +362,8 @@ impl Server {
             .timeout_connect(Some(CONNECT_TIMEOUT))
             .timeout_global(Some(ANSWER_TIMEOUT))
             .http_status_as_error(false)
+            // The password must not follow to another server.
+            .max_redirects(0)
             .build();
         Server {
             agent: agent.into(),

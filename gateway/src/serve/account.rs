@@ -81,7 +81,7 @@ impl Account {
             key: key.name.clone(),
             team: key.team.clone(),
             user: marks.user,
-            organization: empty.clone(),
+            organization: key.organization.clone(),
             model: model.name.clone(),
             provider: empty.clone(),
             upstream_model: empty.clone(),

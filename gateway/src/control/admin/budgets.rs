@@ -172,12 +172,8 @@ async fn list(
     let scope = query.scope.map(Scope::name).unwrap_or_default();
     let look = move |db: &mut Db| {
         let rows = db.list::<Budget>(scope, (&after.0, &after.1), size + 1)?;
-        let with_credit = |row: Row<Budget>| {
-            let credit = db.credit(&store::Doc::id(&row.doc))?;
-            Ok((row, credit))
-        };
         rows.into_iter()
-            .map(with_credit)
+            .map(|row| db.standing(row))
             .collect::<Result<Vec<Standing>, store::Failure>>()
     };
     let rows = app.directory().store.change(look).await?;

@@ -385,15 +385,22 @@ fn check_names(
     }
 }
 
+/// Refuses a secret of the configuration file: there it stands for another key.
+fn refuse_file_secret(known: &Known, sha256: Option<&str>) -> Result<(), store::Failure> {
+    let hash = sha256.and_then(parse_sha256);
+    match hash.is_some_and(|hash| known.keys.iter().any(|key| key.hash == hash)) {
+        true => Err(store::Failure::conflict(
+            "a key of the configuration file has this secret",
+        )),
+        false => Ok(()),
+    }
+}
+
 async fn create(State(app): State<App>, By(who): By, body: Bytes) -> Result<Response, Failure> {
     let new: NewKey = parse(&body)?;
     let directory = app.directory();
     let known = directory.names.load_full();
-    let taken = new.sha256.as_deref().and_then(parse_sha256);
-    if taken.is_some_and(|hash| known.keys.iter().any(|key| key.hash == hash)) {
-        let message = "a key of the configuration file has this secret";
-        return Err(Failure::from(store::Failure::conflict(message)));
-    }
+    refuse_file_secret(&known, new.sha256.as_deref())?;
     let actor = who.clone();
     let (row, secret) = directory
         .store
@@ -482,6 +489,7 @@ async fn rotate(
     body: Bytes,
 ) -> Result<Response, Failure> {
     let rotation: Rotation = parse_or_default(&body)?;
+    refuse_file_secret(&app.directory().names.load(), rotation.sha256.as_deref())?;
     let (seen, actor) = (seen(&headers)?, who.clone());
     let (row, key, secret) = change(&app, &id, move |db, id| {
         db.rotate_key(id, seen, &rotation, &actor.name)

@@ -552,6 +552,19 @@ fn what_a_key_must_not_be_is_said() {
             1,
             "what failed is not in the log of changes"
         );
+        let own = "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589";
+        let made = format!(r#"{{"name": "own", "sha256": "{own}"}}"#);
+        let made = server.ask("POST /v1/keys", &made).await;
+        assert_eq!(made.status, 201, "{}", made.body);
+        let audit = server.ask("GET /v1/audit", "").await;
+        assert!(
+            !audit.body.contains(own),
+            "a hash is enough to guess a weak secret by"
+        );
+        let id = made.json()["key"]["id"].as_str().expect("id").to_owned();
+        let filed = r#"{"sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"}"#;
+        let rotated = server.ask(&format!("POST /v1/keys/{id}/rotate"), filed).await;
+        assert_eq!(rotated.status, 409, "{}", rotated.body);
     });
 }
 

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Actor, Budget, Db, Failure, Kind, Row, Scope, TopUp};
+use super::{Actor, Budget, Cause, Db, Failure, Kind, Row, Scope, TopUp};
 use crate::{
     config::{check_name, units::Span},
     net::clock,
@@ -80,7 +80,10 @@ impl Db {
         let id = Budget::id_of(scope, name);
         let before: Option<Row<Budget>> = self.get(&id)?;
         if let Some(row) = &before {
-            row.check_seen(seen)?;
+            self.standing(row.clone())?.0.check_seen(seen)?;
+        } else if seen.is_some() {
+            let message = "it was deleted meanwhile";
+            return Err(Failure::new(Cause::Stale, message));
         } else if self.count(Kind::Budget)? >= BUDGETS_MAX {
             return Err(Failure::conflict(format!(
                 "there are {BUDGETS_MAX} budgets already"
@@ -120,7 +123,18 @@ impl Db {
     pub fn budget(&self, scope: Scope, name: &str) -> Result<Standing, Failure> {
         let id = Budget::id_of(scope, name);
         let row = self.get(&id)?.ok_or_else(|| Failure::not_found("budget"))?;
-        Ok((row, self.credit(&id)?))
+        self.standing(row)
+    }
+
+    /// A budget with its credit. Its version is that of the last change of either.
+    ///
+    /// # Errors
+    /// The database's.
+    pub fn standing(&self, mut row: Row<Budget>) -> Result<Standing, Failure> {
+        let id = super::Doc::id(&row.doc);
+        row.version = row.version.max(self.credit_version(&id)?);
+        let credit = self.credit(&id)?;
+        Ok((row, credit))
     }
 
     /// Forgets a budget and its credit: nothing bounds its subject any more but other budgets and limits.

@@ -176,6 +176,11 @@ impl Db {
         &mut self,
         change: impl FnOnce(&mut Db) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
+        // A full or failing disk makes SQLite roll all back by itself. A savepoint would then begin a transaction of its
+        // own, whose release would commit what nobody follows.
+        if self.connection.is_autocommit() {
+            return Err(Failure::broken(format!("{FILE}: the transaction was given up")));
+        }
         let before = self.changed.len();
         self.connection.execute_batch("SAVEPOINT attempt")?;
         let result = change(self);
@@ -282,6 +287,14 @@ impl Db {
         let mut statement = self.connection.prepare_cached(
             "SELECT coalesce(sum(json_extract(doc, '$.nano_usd')), 0) FROM document
              WHERE kind = ?1 AND doc IS NOT NULL AND grp <> '' AND grp = ?2",
+        )?;
+        Ok(statement.query_row(params![Kind::TopUp as i64, budget], |row| row.get(0))?)
+    }
+
+    /// The version of a budget's last top-up; 0 without one.
+    pub fn credit_version(&self, budget: &str) -> Result<u64, Failure> {
+        let mut statement = self.connection.prepare_cached(
+            "SELECT coalesce(max(version), 0) FROM document WHERE kind = ?1 AND doc IS NOT NULL AND grp <> '' AND grp = ?2",
         )?;
         Ok(statement.query_row(params![Kind::TopUp as i64, budget], |row| row.get(0))?)
     }
@@ -635,4 +648,41 @@ fn host_id(connection: &Connection) -> anyhow::Result<String> {
         [fresh],
     )?;
     Ok(connection.query_row("SELECT value FROM meta WHERE name = 'host'", [], |row| row.get(0))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::store::NewTeam;
+
+    #[test]
+    fn after_a_rollback_by_sqlite_nothing_of_the_batch_is_kept() {
+        let directory = tempfile::tempdir().expect("directory");
+        let mut db = Db::open(directory.path()).expect("database");
+        let make = |db: &mut Db, name: &str| {
+            let new = NewTeam {
+                name: name.into(),
+                ..NewTeam::default()
+            };
+            db.attempt(|db| db.create_team(&new, "admin"))
+        };
+        db.begin().expect("a transaction");
+        make(&mut db, "first").expect("made");
+        // What SQLite does where the disk is full.
+        let full = db.attempt(|db| -> Result<(), Failure> {
+            db.connection.execute_batch("ROLLBACK")?;
+            Err(Failure::broken("full"))
+        });
+        assert!(full.is_err());
+        make(&mut db, "second").expect_err("no transaction");
+        db.commit().expect_err("no transaction");
+        for name in ["first", "second"] {
+            db.team(name).expect_err("not kept");
+        }
+        // The next batch is a new beginning.
+        db.begin().expect("a transaction");
+        make(&mut db, "third").expect("made");
+        assert_eq!(db.commit().expect("committed").len(), 1);
+        db.team("third").expect("kept");
+    }
 }

@@ -180,6 +180,10 @@ impl Db {
         check(&key)?;
         self.put(&key)?;
         let mut detail = serde_json::to_value(new).unwrap_or_default();
+        // A secret that somebody thought of can be guessed by its hash, and everybody with a token reads this.
+        if let Some(detail) = detail.as_object_mut() {
+            detail.remove("sha256");
+        }
         detail["hint"] = key.secrets[0].hint.clone().into();
         self.audit(actor, "create", Kind::Key, (&key.id, &key.name), &detail)?;
         Ok((self.key(&key.id)?, shown))

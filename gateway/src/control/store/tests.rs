@@ -97,6 +97,38 @@ fn what_fails_leaves_nothing_and_what_follows_is_made() {
 }
 
 #[test]
+fn a_budget_is_changed_as_it_was_seen_or_not_at_all() {
+    let (_directory, store, _) = new_store();
+    let budget = (Scope::Gateway, "all");
+    let settings = BudgetSettings {
+        usd: None,
+        every: None,
+        alerts: vec![],
+        hard: true,
+    };
+    let set = |seen: Option<u64>| {
+        let settings = settings.clone();
+        store.change_blocking(move |db| db.set_budget(budget, seen, &settings, "t"))
+    };
+    let stale = |result: Result<Standing, Failure>| result.expect_err("stale").cause == Cause::Stale;
+    assert!(stale(set(Some(1))), "there is none that could have been seen");
+    let (seen, _) = set(None).expect("made");
+    let topup = NewTopUp {
+        usd: "5".into(),
+        reference: "r".into(),
+    };
+    let ((topped, _), fresh) = store
+        .change_blocking(move |db| db.top_up(budget.0, budget.1, &topup, "t"))
+        .expect("added");
+    assert!(fresh && topped.version > seen.version);
+    assert!(stale(set(Some(seen.version))), "it has credit that was not seen");
+    let version = seen.version;
+    let deleted = store.change_blocking(move |db| db.delete_budget(budget.0, budget.1, Some(version), "t"));
+    assert_eq!(deleted.expect_err("stale").cause, Cause::Stale);
+    set(Some(topped.version)).expect("as seen");
+}
+
+#[test]
 fn it_is_all_there_when_opened_again() {
     let (directory, store, _) = new_store();
     let (row, _) = store

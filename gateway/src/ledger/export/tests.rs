@@ -67,3 +67,26 @@ fn batches_hold_each_record_once_and_go_on_where_the_last_one_ended() {
     let delivery = Delivery::new(&elsewhere, dir.path(), ledger.public.clone()).unwrap();
     assert_eq!(delivery.gather().unwrap().records, 700);
 }
+
+#[test]
+fn the_end_does_not_wait_for_a_server_that_does_not_answer() {
+    let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", server.local_addr().unwrap());
+    let dir = tempfile::tempdir().unwrap();
+    let ledger_config = schema::Ledger {
+        path: dir.path().into(),
+        export: Some(schema::Export {
+            clickhouse: ClickHouse { url, ..config() },
+        }),
+        ..schema::Ledger::default()
+    };
+    let (ledger, mut journals) = Ledger::start(&ledger_config, 1).unwrap();
+    journals[0].append(&numbered(1)).unwrap();
+    ledger.flush().unwrap();
+    // It is on its way, and stays there.
+    let connection = server.accept().unwrap();
+    let begun = std::time::Instant::now();
+    drop((journals, ledger));
+    assert!(begun.elapsed() < ANSWER_TIMEOUT / 2);
+    drop(connection);
+}

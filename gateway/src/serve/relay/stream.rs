@@ -534,17 +534,9 @@ impl Stream {
 
     /// What the stream has told of its usage, or else an estimate of what was delivered, and whether it is one.
     fn usage(&self) -> (Usage, bool) {
-        let seen = &self.meter.seen;
-        if let Some(usage) = seen.usage {
-            return (usage, false);
-        }
         let calibration = self.account.calibration().unwrap_or_default();
-        let usage = Usage {
-            prompt: self.account.input_estimated(),
-            completion: seen.tokens_estimated(&calibration),
-            ..Usage::default()
-        };
-        (usage, true)
+        let seen = &self.meter.seen;
+        seen.used(self.account.input_estimated(), &calibration)
     }
 
     fn client_gone(&mut self) -> Next {

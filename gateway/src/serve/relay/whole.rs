@@ -264,7 +264,10 @@ async fn relay_long(
             settle(
                 &mut account,
                 upstream.head.status,
-                usage::find_in_tail(&tail),
+                match upstream.head.status {
+                    200..300 => usage::find_in_tail(&tail),
+                    _ => Some(Usage::default()),
+                },
                 &tail,
                 total,
             );
