@@ -161,7 +161,7 @@ fn live_on_a_terminal_until_a_key_ends_it() {
         .output()
         .is_ok_and(|output| output.status.success())
     {
-        return skipped("script(1) is not here");
+        return skipped("tools", "script(1) is not here");
     }
     for end in [b"q".as_slice(), b"\x03"] {
         let command = format!("{BINARY} top --every 200ms {}", reach(&gateway).join(" "));
