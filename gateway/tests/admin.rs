@@ -502,7 +502,10 @@ fn the_document_is_valid_by_a_validator_of_others() {
         .args(["-c", "import openapi_spec_validator"])
         .output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        return skipped("openapi", "openapi-spec-validator is not in target/venv (tests/setup.sh)");
+        return skipped(
+            "openapi",
+            "openapi-spec-validator is not in target/venv (tests/setup.sh)",
+        );
     }
     let fleet = fleet("tokens=1,pace=0,first=0");
     let gateway = setup(fleet.url()).start();

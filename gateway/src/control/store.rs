@@ -11,6 +11,7 @@
 mod budgets;
 mod db;
 mod keys;
+mod limits;
 mod model;
 mod teams;
 #[cfg(test)]
@@ -32,6 +33,7 @@ use crate::net::clock;
 pub use budgets::{BudgetSettings, NewTopUp, Standing, usd};
 pub use db::{Db, Entry, FILE, Row};
 pub use keys::{KEYS_MAX, KeyPatch, NewKey, Revocation, Rotation};
+pub use limits::{KeyLimit, LIMITS_MAX};
 pub use model::{
     Budget, Change, Changed, Doc, Key, Kind, Revoked, Running, Scope, Secret, Stamp, Team, TopUp,
 };

@@ -13,9 +13,7 @@ const REQUIRED: &str = "GATEWAY_TESTS_REQUIRED";
 /// required.
 pub fn skipped(missing: &str, reason: impl std::fmt::Display) {
     let required = std::env::var(REQUIRED).unwrap_or_default();
-    let is_required = required
-        .split(',')
-        .any(|word| word == missing || word == "all");
+    let is_required = required.split(',').any(|word| word == missing || word == "all");
     assert!(!is_required, "`{missing}` is required by {REQUIRED}: {reason}");
     let test = std::thread::current();
     let test = test.name().unwrap_or("a test");
