@@ -3,11 +3,11 @@
 # `skipped:`; the tests that need it then say so too. Running it again costs nothing.
 #
 # Writes: Debian packages (root, or sudo without a password), components of the Rust toolchain, and under target/:
-# venv (Python with the OpenAI SDK), chdb-venv (Python with ClickHouse's engine) and tools (cargo-deny).
+# venv (Python with the OpenAI SDK and validators), chdb-venv (Python with ClickHouse's engine) and tools (cargo-deny).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-OPENAI_SDK=3.52.0
+PYTHON_PACKAGES=(openai==3.52.0 jsonschema==4.26.0 openapi-spec-validator==0.9.0)
 CHDB=4.4.0
 CARGO_DENY=0.20.2
 # Each with the command that shows that it is there.
@@ -16,6 +16,9 @@ PACKAGES=(
   curl:curl               # a client as users have it
   git:git                 # cargo-deny's advisory database
   systemd:systemd-analyze # systemd/check.sh
+  redis-server:redis-server # the store that hosts share, in the tests of several hosts
+  bsdutils:script         # a terminal for `gateway top`
+  util-linux:setpriv      # programs with fewer rights
   gcc:cc                  # C parts of aws-lc, SQLite, mimalloc
 )
 
@@ -69,17 +72,24 @@ clickhouse() {
     || { rm -rf target/chdb-venv; skipped "tests of the export: chdb $CHDB could not be installed"; }
 }
 
-openai_sdk() {
-  local python=target/venv/bin/python
-  [ "$("$python" -c 'import openai; print(openai.__version__)' 2>/dev/null)" = "$OPENAI_SDK" ] && return
-  echo "setup: installing the OpenAI SDK for Python $OPENAI_SDK into target/venv"
-  rm -rf target/venv
-  # Debian keeps ensurepip in a package of its own.
-  python3 -m venv target/venv >/dev/null 2>&1 \
-    || { apt_install python3 python3-venv && python3 -m venv target/venv >/dev/null; } \
-    || { rm -rf target/venv; skipped "tests with the OpenAI SDK: python3 -m venv does not work"; return; }
-  "$python" -m pip install -q "openai==$OPENAI_SDK" \
-    || { rm -rf target/venv; skipped "tests with the OpenAI SDK: pip could not install openai"; }
+# What the tests use of Python: the OpenAI SDK, and validators of JSON Schema and of OpenAPI documents.
+python_packages() {
+  local python=target/venv/bin/python package missing=()
+  [ -x "$python" ] && "$python" -m pip --version >/dev/null 2>&1 || {
+    rm -rf target/venv
+    # Debian keeps ensurepip in a package of its own.
+    python3 -m venv target/venv >/dev/null 2>&1 \
+      || { apt_install python3 python3-venv && python3 -m venv target/venv >/dev/null; } \
+      || { rm -rf target/venv; skipped "tests with ${PYTHON_PACKAGES[*]}: python3 -m venv does not work"; return; }
+  }
+  for package in "${PYTHON_PACKAGES[@]}"; do
+    [ "$("$python" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "${package%%==*}" 2>/dev/null)" \
+      = "${package##*==}" ] || missing+=("$package")
+  done
+  [ ${#missing[@]} -eq 0 ] && return
+  echo "setup: installing ${missing[*]} into target/venv"
+  "$python" -m pip install -q --disable-pip-version-check "${missing[@]}" \
+    || skipped "tests with ${missing[*]}: pip could not install them"
 }
 
 cargo_deny() {
@@ -94,7 +104,7 @@ cargo_deny() {
 debian_packages
 redis_and_valkey
 rust_components
-openai_sdk
+python_packages
 clickhouse
 cargo_deny
 echo "setup: ok"

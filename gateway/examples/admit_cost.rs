@@ -87,6 +87,7 @@ fn one(quota: &Arc<Quota>, policies: &Arc<Policies>, ids: Ids) {
         path: "/v1/chat/completions",
         client: IpAddr::from([192, 0, 2, 1]),
         header: &|_| None,
+        own: &[],
     };
     let ask = Ask {
         input: 100,

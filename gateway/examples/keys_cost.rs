@@ -33,6 +33,7 @@ fn key(n: usize, team: &Arc<str>, none: &Arc<str>) -> Arc<Key> {
         networks: Arc::new([]),
         expires_unix_ms: NEVER_MS,
         disabled: false,
+        own: None,
         life: Arc::default(),
     })
 }

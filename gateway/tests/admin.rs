@@ -502,7 +502,10 @@ fn the_document_is_valid_by_a_validator_of_others() {
         .args(["-c", "import openapi_spec_validator"])
         .output();
     if !probe.is_ok_and(|output| output.status.success()) {
-        return skipped("openapi-spec-validator is not in target/venv (tests/setup.sh)");
+        return skipped(
+            "openapi",
+            "openapi-spec-validator is not in target/venv (tests/setup.sh)",
+        );
     }
     let fleet = fleet("tokens=1,pace=0,first=0");
     let gateway = setup(fleet.url()).start();
@@ -533,4 +536,107 @@ fn a_budget_is_in_force_at_once_and_over_a_restart() {
     assert_ne!(status_with(&gateway, KEY), 200);
     assert_eq!(gateway.admin("DELETE /v1/budgets/key/alice", "").status, 204);
     assert_eq!(status_with(&gateway, KEY), 200);
+}
+
+#[test]
+fn budgets_of_the_file_are_listed_with_how_they_stand() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let mut setup = setup(fleet.url());
+    setup.more += "budget: { usd: 100, every: 1mo, alerts: [50%, 150%], unpriced: allow }\n";
+    let gateway = setup.start();
+    command(
+        &gateway,
+        &["budgets", "set", "key", "alice", "--usd", "3", "--every", "1d"],
+    );
+    let list = command(&gateway, &["budgets", "list"]);
+    let of = |name: &str| {
+        let found = list
+            .as_array()
+            .expect("a list")
+            .iter()
+            .find(|one| one["name"] == name);
+        found.unwrap_or_else(|| panic!("{name} in {list}")).clone()
+    };
+    let all = of("all");
+    assert_eq!(
+        [
+            &all["source"],
+            &all["usd"],
+            &all["every"],
+            &all["left_usd"],
+            &all["spent_usd"]
+        ],
+        ["file", "100", "1mo", "100", "0"]
+    );
+    assert_eq!(all["alerts"], json!([50, 150]));
+    assert_eq!(all["alerts_told"], json!([]));
+    assert!(all["resets_at"].is_string(), "{all}");
+    assert_eq!(of("alice")["source"], "runtime");
+    let page = gateway.admin("GET /v1/budgets?limit=1", "").json();
+    let next = page["next"].as_str().expect("another page");
+    assert_eq!(page["data"][0]["name"], "alice");
+    let page = gateway
+        .admin(&format!("GET /v1/budgets?limit=1&after={next}"), "")
+        .json();
+    assert_eq!(
+        (&page["data"][0]["name"], &page["next"]),
+        (&json!("all"), &Value::Null)
+    );
+    // One made at run time takes the place of the file's.
+    assert_eq!(
+        gateway
+            .admin("PUT /v1/budgets/gateway/all", r#"{"usd":"7","every":"1mo"}"#)
+            .status,
+        200
+    );
+    let list = command(&gateway, &["budgets", "list", "--scope", "gateway"]);
+    assert_eq!(list.as_array().expect("a list").len(), 1);
+    assert_eq!([&list[0]["source"], &list[0]["usd"]], ["runtime", "7"]);
+}
+
+#[test]
+fn a_key_has_limits_of_its_own_and_they_are_shown() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let setup = setup(fleet.url())
+        .limits("  - { name: all, requests: 100, every: 1h, per: shared }\n  - { match: { model: slow }, requests: 9, every: 1m, per: user }");
+    let gateway = setup.start();
+    let arguments = [
+        "keys",
+        "create",
+        "--name",
+        "batch",
+        "--limit",
+        "requests=2,every=1h",
+    ];
+    let made = command(&gateway, &arguments);
+    let secret = made["secret"].as_str().expect("a secret");
+    assert_eq!(made["key"]["limits"], json!([{ "requests": 2, "every": "1h" }]));
+    assert_eq!(
+        [200, 200, 429].map(|_| status_with(&gateway, secret)),
+        [200, 200, 429]
+    );
+    let limits = command(&gateway, &["limits", "--key", "batch"]);
+    let left = |place: usize| limits[place]["standing"]["left"].clone();
+    assert_eq!(limits.as_array().map(Vec::len), Some(3), "{limits}");
+    assert_eq!(
+        (left(0), left(1), left(2)),
+        (json!("98"), Value::Null, json!("0"))
+    );
+    assert_eq!(limits[2]["source"], "key");
+    let fast = command(&gateway, &["limits", "--key", "batch", "--model", "fast"]);
+    assert_eq!(fast.as_array().map(Vec::len), Some(2), "{fast}");
+    assert_eq!(command(&gateway, &["limits"]).as_array().map(Vec::len), Some(2));
+    // What was used counts under another amount, at once and over a restart; without the limit nothing binds.
+    command(
+        &gateway,
+        &["keys", "update", "batch", "--limit", "requests=3,every=1h"],
+    );
+    assert_eq!([200, 429].map(|_| status_with(&gateway, secret)), [200, 429]);
+    let gateway = Gateway::start_in(gateway.kill(), &setup.config());
+    assert_eq!(status_with(&gateway, secret), 429);
+    command(&gateway, &["keys", "update", "batch", "--clear", "limits"]);
+    assert_eq!(status_with(&gateway, secret), 200);
+    let wrong = gateway.admin("POST /v1/keys", r#"{"name":"x","limits":[{"requests":1}]}"#);
+    assert_eq!(wrong.status, 400, "{}", wrong.text());
+    assert_eq!(gateway.admin("GET /v1/limits?key=nobody", "").status, 404);
 }

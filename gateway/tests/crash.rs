@@ -263,7 +263,7 @@ fn a_full_disk_ends_service_or_the_books_as_configured() {
         match output {
             Ok(output) if output.status.success() => {}
             Ok(output) if matches!(output.status.code(), Some(NO_MOUNT | 1)) => {
-                return skipped("mounting a tmpfs is not permitted here");
+                return skipped("root", "mounting a tmpfs is not permitted here");
             }
             Ok(output) => panic!(
                 "{policy}: {}\n{}{}",
@@ -271,7 +271,7 @@ fn a_full_disk_ends_service_or_the_books_as_configured() {
                 String::from_utf8_lossy(&output.stdout),
                 String::from_utf8_lossy(&output.stderr)
             ),
-            Err(error) => return skipped(format_args!("no unshare(1): {error}")),
+            Err(error) => return skipped("root", format_args!("no unshare(1): {error}")),
         }
     }
 }

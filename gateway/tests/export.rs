@@ -32,7 +32,10 @@ impl ClickHouse {
         let python = root.join("../target/chdb-venv/bin/python");
         let import = Command::new(&python).args(["-c", "import chdb"]).output();
         if !import.is_ok_and(|output| output.status.success()) {
-            skipped("no Python with chdb in target/chdb-venv (tests/setup.sh makes it)");
+            skipped(
+                "clickhouse",
+                "no Python with chdb in target/chdb-venv (tests/setup.sh makes it)",
+            );
             return None;
         }
         let mut child = Command::new(python)

@@ -2,7 +2,7 @@
 //!
 //! Each test runs in a child process of its own, in a fresh network namespace and a fresh cgroup, so that tests neither
 //! meet each other nor the host. It needs root, BPF, cgroup2 and `unshare`, `ip`, `setpriv`; without them it prints
-//! `skipped: <reason>` and passes, unless `GATEWAY_KERNEL_TESTS=required` is set.
+//! `skipped: <reason>` and passes, unless `GATEWAY_TESTS_REQUIRED=kernel` is set.
 
 /// Declares tests that run isolated, with a bounding set of capabilities (of `setpriv`; empty: all that there are).
 macro_rules! isolated {

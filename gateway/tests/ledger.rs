@@ -391,10 +391,10 @@ fn a_full_disk_refuses_new_records_and_keeps_the_earlier() {
     match status {
         Ok(status) if status.success() => {}
         Ok(status) if status.code() == Some(NO_MOUNT) || status.code() == Some(1) => {
-            skipped("mounting a tmpfs is not permitted here");
+            skipped("root", "mounting a tmpfs is not permitted here");
         }
         Ok(status) => panic!("{status}"),
-        Err(error) => skipped(format_args!("no unshare(1): {error}")),
+        Err(error) => skipped("root", format_args!("no unshare(1): {error}")),
     }
 }
 

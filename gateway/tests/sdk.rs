@@ -57,7 +57,7 @@ fn text(output: &Output) -> String {
 fn the_openai_package_works_by_base_url_and_key() {
     let python = match python() {
         Ok(python) => python,
-        Err(reason) => return skipped(reason),
+        Err(reason) => return skipped("sdk", reason),
     };
     let (fleet, gateway) = pair();
     let output = Command::new(python)
@@ -94,7 +94,7 @@ fn curl(gateway: &Gateway, arguments: &[&str], path: &str) -> Option<Output> {
     match command.args(arguments).arg(url).output() {
         Ok(output) => Some(output),
         Err(error) => {
-            skipped(format_args!("curl: {error}"));
+            skipped("tools", format_args!("curl: {error}"));
             None
         }
     }

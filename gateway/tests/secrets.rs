@@ -290,7 +290,7 @@ fn its_memory_is_closed_to_others_of_its_user() {
     let mut probe = as_nobody();
     probe.arg("--version").stdout(Stdio::null()).stderr(Stdio::null());
     if !probe.status().is_ok_and(|status| status.success()) {
-        return skipped("cannot run the binary as another user");
+        return skipped("root", "cannot run the binary as another user");
     }
     let directory = tempfile::tempdir().expect("a directory");
     chown(directory.path(), Some(NOBODY), Some(NOBODY)).expect("root may");

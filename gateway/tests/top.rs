@@ -167,7 +167,7 @@ fn live_on_a_terminal_until_it_is_ended() {
         .output()
         .is_ok_and(|output| output.status.success())
     {
-        return skipped("script(1) is not here");
+        return skipped("tools", "script(1) is not here");
     }
     for end in [Some(b"q".as_slice()), Some(b"\x03"), None] {
         let command = format!("exec {BINARY} top --every 200ms {}", reach(&gateway).join(" "));

@@ -90,7 +90,7 @@ ip link set lo up
 uname -srm
 cat /proc/sys/net/core/bpf_jit_enable
 for test in ${TESTS[*]}; do
-  GATEWAY_KERNEL_TESTS=required /bin/flood --exact \$test --nocapture 2>&1 | tail -40
+  GATEWAY_TESTS_REQUIRED=kernel /bin/flood --exact \$test --nocapture 2>&1 | tail -40
 done
 echo guest: done
 poweroff -f

@@ -29,7 +29,7 @@ pub struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// List the budgets that were made at run time
+    /// List budgets by name, those of the configuration file too, and how they stand
     List {
         /// Only budgets of this scope
         #[arg(long)]
@@ -195,14 +195,33 @@ fn list(scope: Option<Scope>, max: usize, admin: &AdminArgs) -> anyhow::Result<(
         vec![
             text(&budget["scope"]),
             text(&budget["name"]),
+            text(&budget["source"]),
             text(&budget["usd"]),
             text(&budget["every"]),
             text(&budget["credit_usd"]),
+            text(&budget["spent_usd"]),
+            text(&budget["reserved_usd"]),
+            text(&budget["left_usd"]),
+            text(&budget["resets_at"]),
+            percents(&budget["alerts_told"]),
             if hard { "hard" } else { "soft" }.to_owned(),
         ]
     };
-    let head = ["SCOPE", "NAME", "USD", "EVERY", "CREDIT USD", "KIND"];
+    let head = [
+        "SCOPE", "NAME", "SOURCE", "USD", "EVERY", "CREDIT", "SPENT", "RESERVED", "LEFT", "RESETS", "TOLD",
+        "KIND",
+    ];
     print(&table(&head, &budgets.iter().map(row).collect::<Vec<_>>()))
+}
+
+/// `50%,80%`, or `-` for none.
+fn percents(list: &Value) -> String {
+    let list = list.as_array().map(Vec::as_slice).unwrap_or_default();
+    let words: Vec<String> = list.iter().map(|percent| format!("{percent}%")).collect();
+    match words.is_empty() {
+        true => "-".into(),
+        false => words.join(","),
+    }
 }
 
 fn show(admin: &AdminArgs, answer: &Value) -> anyhow::Result<()> {

@@ -79,6 +79,10 @@ struct Settings {
     /// Anything else to note, as NAME=VALUE; may be given several times
     #[arg(long, value_name = "NAME=VALUE", value_parser = parse_pair)]
     metadata: Vec<(String, String)>,
+    /// A limit of the key's own, for example requests=60,every=1m; amounts: requests, tokens, input_tokens, output_tokens,
+    /// usd, parallel; may be given several times, and replaces all that there were
+    #[arg(long, value_name = "AMOUNT=N,every=SPAN", value_parser = parse_limit)]
+    limit: Vec<Value>,
     /// How long the key lives from now on, for example 30d
     #[arg(long, value_name = "SPAN", value_parser = parse_span)]
     expires_in: Option<Span>,
@@ -97,6 +101,7 @@ Examples:
   gateway keys create --name alice
   gateway keys create --name search-prod --team search --models fast,embed --expires-in 90d
   gateway keys create --name alice --json | jq -r .secret
+  gateway keys create --name batch --limit requests=60,every=1m --limit parallel=4
   gateway keys create --name alice --offline")]
 struct Create {
     /// Unique name of the key, seen in logs and in the ledger
@@ -108,7 +113,7 @@ struct Create {
     #[arg(long, value_name = "HEX", conflicts_with = "offline")]
     sha256: Option<String>,
     /// Print a line for the configuration instead of asking a gateway; takes team and models alone
-    #[arg(long, conflicts_with_all = ["organization", "networks", "tags", "metadata", "expires_in", "expires_at"])]
+    #[arg(long, conflicts_with_all = ["organization", "networks", "tags", "metadata", "limit", "expires_in", "expires_at"])]
     offline: bool,
     #[command(flatten)]
     admin: AdminArgs,
@@ -152,7 +157,7 @@ struct Update {
     #[arg(long)]
     enable: bool,
     /// What to take away, separated by commas
-    #[arg(long, value_delimiter = ',', value_parser = ["team", "organization", "models", "networks", "tags", "metadata", "expires_at"])]
+    #[arg(long, value_delimiter = ',', value_parser = ["team", "organization", "models", "networks", "tags", "metadata", "limits", "expires_at"])]
     clear: Vec<String>,
     #[command(flatten)]
     admin: AdminArgs,
@@ -193,6 +198,27 @@ pub(super) fn parse_name(text: &str) -> Result<String, String> {
 fn parse_pair(text: &str) -> Result<(String, String), String> {
     let (name, value) = text.split_once('=').ok_or("write NAME=VALUE")?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+/// `requests=60,every=1m` as the admin API takes it.
+fn parse_limit(text: &str) -> Result<Value, String> {
+    let mut limit = Map::new();
+    for part in text.split(',') {
+        let (name, value) = parse_pair(part)?;
+        let value: Value = match name.as_str() {
+            "usd" => value.into(),
+            "every" => parse_span(&value)?.to_string().into(),
+            "requests" | "tokens" | "input_tokens" | "output_tokens" | "parallel" => {
+                let amount: u64 = value
+                    .parse()
+                    .map_err(|_| format!("`{name}` is a number, for example {name}=60"))?;
+                amount.into()
+            }
+            _ => return Err(format!("`{name}` is nothing that a limit has")),
+        };
+        limit.insert(name, value);
+    }
+    Ok(limit.into())
 }
 
 /// Runs the command.
@@ -238,6 +264,9 @@ impl Settings {
                 .map(|(name, value)| (name.clone(), value.as_str().into()))
                 .collect();
             put("metadata", object.into());
+        }
+        if !self.limit.is_empty() {
+            put("limits", json!(self.limit));
         }
         if let Some(span) = self.expires_in {
             put("expires_in", span.to_string().into());
@@ -353,7 +382,7 @@ fn update(args: &Update) -> anyhow::Result<()> {
     let mut body = args.settings.fields();
     for name in &args.clear {
         let empty = match name.as_str() {
-            "networks" | "tags" => json!([]),
+            "networks" | "tags" | "limits" => json!([]),
             "metadata" => json!({}),
             _ => Value::Null,
         };
@@ -403,6 +432,15 @@ fn show(admin: &AdminArgs, key: &Value) -> anyhow::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_are_read() {
+        let limit = parse_limit("requests=60,usd=0.5,every=60s").expect("a limit");
+        assert_eq!(limit, json!({ "requests": 60, "usd": "0.5", "every": "1m" }));
+        for wrong in ["requests", "requests=x", "colour=1", "requests=1,every=x", ""] {
+            assert!(parse_limit(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn names_are_checked_before_a_key_is_made() {

@@ -7,6 +7,7 @@ pub mod common;
 pub mod demo;
 pub mod kernel;
 pub mod keys;
+pub mod limits;
 pub mod prices;
 pub mod reload;
 pub mod run;

@@ -27,7 +27,8 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct Names {
     pub models: HashSet<String>,
-    pub teams: Vec<String>,
+    /// Each with its organization, by name.
+    pub teams: Vec<(String, Option<String>)>,
     /// By name.
     pub keys: Vec<FileKey>,
 }
@@ -58,13 +59,32 @@ impl Names {
         };
         let mut keys: Vec<FileKey> = config.keys.iter().filter_map(file_key).collect();
         keys.sort_by(|a, b| a.name.cmp(&b.name));
-        let mut teams: Vec<String> = config.teams.iter().map(|team| team.name.clone()).collect();
+        let teams = config.teams.iter();
+        let mut teams: Vec<_> = teams
+            .map(|team| (team.name.clone(), team.organization.clone()))
+            .collect();
         teams.sort();
         Names {
             models: config.models.iter().map(|model| model.name.clone()).collect(),
             teams,
             keys,
         }
+    }
+
+    /// Whether the file has a team of this name.
+    pub fn has_team(&self, name: &str) -> bool {
+        self.team(name).is_some()
+    }
+
+    /// The organization of the file's team of this name.
+    pub fn organization(&self, team: &str) -> Option<&str> {
+        self.team(team)?.1.as_deref()
+    }
+
+    /// The file's team of this name, with its organization.
+    pub fn team(&self, name: &str) -> Option<&(String, Option<String>)> {
+        let place = self.teams.binary_search_by(|team| team.0.as_str().cmp(name));
+        place.ok().map(|place| &self.teams[place])
     }
 
     /// The file's key of this name.
@@ -223,6 +243,7 @@ impl Access {
         }
         let now_ms = clock::unix_ms();
         let organization = self.organization(doc, config);
+        let own = doc.rules();
         for secret in &doc.secrets {
             let over = secret.until_ms.is_some_and(|until| until <= now_ms);
             let Some(hash) = parse_sha256(&secret.sha256).filter(|_| !over) else {
@@ -238,6 +259,7 @@ impl Access {
                 expires_unix_ms: ends.into_iter().flatten().min().unwrap_or(NEVER_MS),
                 disabled: doc.disabled,
                 ids: Ids::new(&doc.name, doc.team.as_deref().unwrap_or_default(), &organization),
+                own: own.clone(),
                 life: life.clone(),
             };
             into.push((hash, Arc::new(key)));
@@ -373,6 +395,7 @@ fn moved(key: &Key, organization: Arc<str>) -> Key {
         networks: key.networks.clone(),
         expires_unix_ms: key.expires_unix_ms,
         disabled: key.disabled,
+        own: key.own.clone(),
         life: key.life.clone(),
     }
 }

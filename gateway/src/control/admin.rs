@@ -16,6 +16,7 @@
 //! | `/v1/keys …`           | virtual keys ([`keys`])                                       |
 //! | `/v1/teams …`          | groups of keys ([`teams`])                                    |
 //! | `/v1/budgets …`        | budgets and credit ([`budgets`])                              |
+//! | `GET /v1/limits`       | limit policies, and how those of a key stand ([`limits`])     |
 //! | `GET /v1/audit`        | who changed what                                              |
 //! | `GET /openapi.json`    | all of this as an OpenAPI 3.1 document                        |
 //!
@@ -28,6 +29,7 @@ mod access;
 mod budgets;
 pub mod kernel;
 mod keys;
+mod limits;
 mod routes;
 mod state;
 mod teams;
@@ -265,7 +267,9 @@ fn described() -> Routes {
             state("reload", "Put the configuration file in force")
                 .answer::<Anything>(StatusCode::OK, "What was done."),
         );
-    budgets::routes(teams::routes(keys::routes(kernel::routes(routes))))
+    limits::routes(budgets::routes(teams::routes(keys::routes(kernel::routes(
+        routes,
+    )))))
 }
 
 /// Figures for people; `gateway status` shows them.

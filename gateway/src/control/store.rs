@@ -11,6 +11,7 @@
 mod budgets;
 mod db;
 mod keys;
+mod limits;
 mod model;
 mod teams;
 #[cfg(test)]
@@ -32,10 +33,15 @@ use crate::net::clock;
 pub use budgets::{BudgetSettings, NewTopUp, Standing, usd};
 pub use db::{Db, Entry, FILE, Row};
 pub use keys::{KEYS_MAX, KeyPatch, NewKey, Revocation, Rotation};
+pub use limits::{KeyLimit, LIMITS_MAX};
 pub use model::{
     Budget, Change, Changed, Doc, Key, Kind, Revoked, Running, Scope, Secret, Stamp, Team, TopUp,
 };
 pub use teams::{NewTeam, TeamPatch};
+
+/// How far the stamp of another host's change may be ahead of this host's clock, milliseconds: ten minutes. Hosts with
+/// NTP agree to some milliseconds; a change from the far future would win over all others until then.
+pub const AHEAD_MS_MAX: u64 = 600_000;
 
 /// Changes that wait for the thread. More are refused: who sends so many may come back.
 const WAITING_MAX: usize = 1024;
@@ -229,16 +235,30 @@ impl Store {
         self.change(move |db| db.changes_since(version, max)).await
     }
 
-    /// Takes over changes of other hosts. Again, late or out of order they change nothing that is newer.
-    /// Returns how many were news.
+    /// Takes over changes of other hosts. Again, late or out of order they change nothing that is newer. One whose stamp
+    /// is further ahead than [`AHEAD_MS_MAX`] is left out, and said so: it would stand against all later changes. The next
+    /// change of the same document by a host with a right clock is taken. Returns how many were news.
     ///
     /// # Errors
     /// The database's, or a document is not understood; then none was taken over.
     pub async fn apply(&self, changes: Vec<Change>) -> Result<usize, Failure> {
         self.change(move |db| {
-            let mut news = 0;
+            let latest_ms = clock::unix_ms() + AHEAD_MS_MAX;
+            let (mut news, mut ahead) = (0, 0u64);
             for change in &changes {
+                if change.stamp.unix_ms > latest_ms {
+                    ahead += 1;
+                    let (host, id) = (&change.stamp.host, &change.id);
+                    tracing::debug!(host, id, "a change is left out: its stamp is far ahead");
+                    continue;
+                }
                 news += usize::from(db.apply(change)?);
+            }
+            if ahead > 0 {
+                tracing::error!(
+                    ahead,
+                    "changes of other hosts are left out: their clocks, or this one's, are wrong by over ten minutes"
+                );
             }
             Ok(news)
         })

@@ -70,6 +70,12 @@ pub struct Status {
     pub amount: u64,
     /// Nano-dollars used for good in this period; may be more than the amount: that is debt.
     pub used: u64,
+    /// Nano-dollars that running requests of this host hold.
+    pub reserved: u64,
+    /// When the period ends, milliseconds of the Unix clock; `None` for credit, and where nothing is used.
+    pub resets_at_ms: Option<u64>,
+    /// Shares at which was told in this period, per cent, rising.
+    pub told: Vec<u16>,
     /// How the level stands, with what running requests have reserved.
     pub standing: Standing,
 }
@@ -80,6 +86,8 @@ const TOLD_MASK: u64 = 0xff;
 /// All budgets in force.
 pub struct Budgets {
     shards: [ArcSwap<HashMap<u64, Slot>>; SHARDS],
+    /// The file's, in the order of their subjects.
+    of_file: ArcSwap<Vec<Arc<Budget>>>,
     /// Alerts that are due and not yet told.
     alerts: ArrayQueue<Alert>,
 }
@@ -212,12 +220,18 @@ impl Budget {
     pub fn is_credit(&self) -> bool {
         matches!(self.rule.window, Window::Never)
     }
+
+    /// Shares at which its alerts are due, per cent, rising.
+    pub fn alerts(&self) -> &[u16] {
+        &self.alerts
+    }
 }
 
 impl Default for Budgets {
     fn default() -> Self {
         Budgets {
             shards: std::array::from_fn(|_| ArcSwap::default()),
+            of_file: ArcSwap::default(),
             alerts: ArrayQueue::new(ALERTS_WAITING_MAX),
         }
     }
@@ -277,6 +291,9 @@ impl Budgets {
             );
         }
         add(Subject::Gateway, &config.budget);
+        let mut sorted: Vec<Arc<Budget>> = of_file.values().cloned().collect();
+        sorted.sort_by(|a, b| a.subject.cmp(&b.subject));
+        self.of_file.store(Arc::new(sorted));
         for (place, shard) in self.shards.iter().enumerate() {
             shard.rcu(|shard| {
                 let mut shard = HashMap::clone(shard);
@@ -342,6 +359,11 @@ impl Budgets {
         all
     }
 
+    /// The configuration file's budgets in the order of their subjects, those too in whose place one of the run time is.
+    pub fn of_file(&self) -> Arc<Vec<Arc<Budget>>> {
+        self.of_file.load_full()
+    }
+
     /// Notes alerts that have become due with a settlement. Each share alerts once a period, and of credit once for each
     /// amount that it is topped up to; what was alerted is kept with the levels, so a restart alerts nothing again.
     pub fn note_alerts(&self, budget: &Arc<Budget>, levels: &Levels, now: Moment) {
@@ -357,20 +379,12 @@ impl Budgets {
         if due == 0 {
             return;
         }
-        let told = Query {
-            id: mix(query.id, 6),
-            overflow_id: mix(query.id, 6),
-            amount: u64::MAX,
-            hard: false,
-            note_held: false,
-            ..query
-        };
         // How many were told, behind the amount of which they are shares: that of credit only grows.
         let of = match budget.is_credit() {
             true => amount & !TOLD_MASK,
             false => 0,
         };
-        let before = levels.raise(&told, of | (due as u64).min(TOLD_MASK), now);
+        let before = levels.raise(&told(&query), of | (due as u64).min(TOLD_MASK), now);
         let before = match before & !TOLD_MASK {
             other if other < of => 0,
             other if other > of => due,
@@ -396,11 +410,28 @@ impl Budgets {
     /// How a budget stands.
     pub fn status(&self, budget: &Arc<Budget>, levels: &Levels) -> Status {
         let (query, now) = (budget.query(), levels.now());
+        let standing = levels.standing(&query, now);
+        let told = (levels.settled(&told(&query), now) & TOLD_MASK) as usize;
         Status {
             budget: budget.clone(),
             amount: query.amount,
             used: levels.settled(&query, now),
-            standing: levels.standing(&query, now),
+            reserved: levels.held(&query, now),
+            resets_at_ms: levels.resets_at_ms(&query, &standing, now),
+            told: budget.alerts[..told.min(budget.alerts.len())].to_vec(),
+            standing,
         }
+    }
+}
+
+/// The level that counts how many of a budget's alerts were told in a period.
+fn told<'a>(query: &Query<'a>) -> Query<'a> {
+    Query {
+        id: mix(query.id, 6),
+        overflow_id: mix(query.id, 6),
+        amount: u64::MAX,
+        hard: false,
+        note_held: false,
+        ..*query
     }
 }

@@ -350,6 +350,13 @@ impl Levels {
         }
     }
 
+    /// Units that running requests of this host hold.
+    pub fn held(&self, query: &Query<'_>, now: Moment) -> u64 {
+        self.peek(query, now).map_or(0, |(at, _)| {
+            self.shelf(query.shelf).held(at.place).load(Ordering::Relaxed)
+        })
+    }
+
     /// The present period's number for a query: changes when a new one begins.
     pub fn period_key(&self, query: &Query<'_>, now: Moment) -> u64 {
         key_of(query, query.id, now).0

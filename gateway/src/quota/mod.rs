@@ -3,20 +3,23 @@
 //! ```text
 //! policy   which limit policies bind a request      ─┐
 //! budget   what keys, teams, … may spend             ├─ rule   what is counted, how much, in what window
-//!                                                    ─┘
+//! own      a key's own limits, made at run time      ─┘
 //! reservation   all that bind a request, at once or not at all; grows while a stream runs; settled once
 //! levels        one atomic word for each rule, subject and period ── table   found without locks, bounded
 //! window, calendar   the arithmetic of buckets, sliding windows and calendar periods
 //! state         levels over restarts
+//! inspect       how all that stands, for people
 //! lease, leases, shared   what this host may use of levels that several hosts share
 //! ```
 
 pub mod budget;
 pub mod calendar;
 pub mod identity;
+pub mod inspect;
 pub mod lease;
 pub mod leases;
 pub mod levels;
+pub mod own;
 pub mod policy;
 pub mod refusals;
 pub mod reservation;

@@ -8,6 +8,7 @@ use jiff::tz::TimeZone;
 use super::{
     calendar::{Calendar, Part},
     identity::{mix, of_client, of_name},
+    inspect::Given,
     levels::Shelf,
     rule::{Rule, Unit},
     window::Window,
@@ -50,22 +51,26 @@ pub struct Facts<'a> {
     pub client: IpAddr,
     /// Values of the request's headers, by name.
     pub header: &'a dyn Fn(&str) -> Option<&'a [u8]>,
+    /// The key's own limits.
+    pub own: &'a [Arc<Rule>],
 }
 
 /// The subjects of a request, as far as policies count by them.
 #[derive(Debug, Clone, Copy)]
 pub struct Subjects {
     pub ids: Ids,
-    user: u64,
-    model: u64,
-    client: u64,
+    pub(super) user: u64,
+    pub(super) model: u64,
+    pub(super) client: u64,
 }
 
 /// A policy, ready to be asked.
 #[derive(Debug)]
 pub struct Policy {
     pub rule: Rule,
-    matches: Matcher,
+    /// What it matches, as the configuration has it.
+    pub described: Match,
+    pub(super) matches: Matcher,
     per: Vec<Per>,
 }
 
@@ -92,7 +97,7 @@ pub struct Policies {
 pub struct Glob(Box<str>);
 
 #[derive(Debug, Default)]
-struct Matcher {
+pub(super) struct Matcher {
     key: Option<u64>,
     team: Option<u64>,
     organization: Option<u64>,
@@ -192,25 +197,31 @@ impl Policies {
     /// The places of all that bind a request, in their order. Those that ask for a provider are among them, whatever
     /// it is.
     pub fn of<'p>(&'p self, facts: &'p Facts<'_>) -> impl Iterator<Item = u32> + 'p {
-        let list = |map: &'p HashMap<u64, Vec<u32>>, id: u64| match map.is_empty() || id == 0 {
-            true => &[][..],
-            false => map.get(&id).map_or(&[][..], Vec::as_slice),
-        };
-        let ids = facts.ids;
+        self.of_ids(facts.ids)
+            .filter(|&place| self.get(place).matches.fits(facts))
+    }
+
+    /// The places of those that may bind requests of a key, in their order.
+    pub(super) fn of_ids(&self, ids: Ids) -> impl Iterator<Item = u32> {
+        fn list(map: &HashMap<u64, Vec<u32>>, id: u64) -> &[u32] {
+            match map.is_empty() || id == 0 {
+                true => &[],
+                false => map.get(&id).map_or(&[], Vec::as_slice),
+            }
+        }
         let mut lists = [
             &self.general[..],
             list(&self.by_key, ids.key),
             list(&self.by_team, ids.team),
             list(&self.by_organization, ids.organization),
         ];
-        let merged = std::iter::from_fn(move || {
+        std::iter::from_fn(move || {
             let heads = lists.iter_mut().filter(|list| !list.is_empty());
             let first = heads.min_by_key(|list| list[0])?;
             let (head, rest) = first.split_first()?;
             *first = rest;
             Some(*head)
-        });
-        merged.filter(|&place| self.get(place).matches.fits(facts))
+        })
     }
 
     /// The subjects of a request.
@@ -290,14 +301,26 @@ impl Matcher {
         }
     }
 
+    /// Whether a request that is as far as described as wanted can be found.
+    pub(super) fn may_fit(&self, given: &Given<'_>) -> bool {
+        let is = |wanted: Option<u64>, id: u64| wanted.is_none_or(|wanted| wanted == id);
+        is(self.key, given.ids.key)
+            && is(self.team, given.ids.team)
+            && is(self.organization, given.ids.organization)
+            && may_read(&self.user, given.user)
+            && may_read(&self.model, given.model)
+            && may_read(&self.provider, given.provider)
+            && may_read(&self.path, given.path)
+            && match (&self.client, given.client) {
+                (Some(networks), Some(client)) => networks.iter().any(|network| network.contains(&client)),
+                _ => true,
+            }
+    }
+
     /// Whether all but the provider is as wanted.
     fn fits(&self, facts: &Facts<'_>) -> bool {
         let is = |wanted: Option<u64>, id: u64| wanted.is_none_or(|wanted| wanted == id);
-        let reads = |wanted: &Option<Glob>, text: &str| {
-            wanted
-                .as_ref()
-                .is_none_or(|wanted| wanted.matches(text.as_bytes()))
-        };
+        let reads = |wanted: &Option<Glob>, text: &str| may_read(wanted, Some(text));
         is(self.key, facts.ids.key)
             && is(self.team, facts.ids.team)
             && is(self.organization, facts.ids.organization)
@@ -315,8 +338,16 @@ impl Matcher {
     }
 }
 
+/// Whether a text is as wanted; one that is not given may be anything.
+fn may_read(wanted: &Option<Glob>, text: Option<&str>) -> bool {
+    match (wanted, text) {
+        (Some(wanted), Some(text)) => wanted.matches(text.as_bytes()),
+        _ => true,
+    }
+}
+
 /// The amounts that a limit names.
-fn amounts(limit: &Limit) -> impl Iterator<Item = (Unit, u64)> {
+pub(super) fn amounts(limit: &Limit) -> impl Iterator<Item = (Unit, u64)> {
     let amounts = [
         (Unit::Requests, limit.requests),
         (Unit::InputTokens, limit.input_tokens),
@@ -355,6 +386,7 @@ fn policy(
     rule.unpriced = limit.unpriced;
     Policy {
         rule,
+        described: limit.matches.clone(),
         matches: Matcher::new(&limit.matches),
         per: limit.per.0.clone(),
     }
@@ -430,6 +462,7 @@ mod tests {
             path: "/v1/chat/completions",
             client: IpAddr::from([192, 0, 2, 7]),
             header: &|_| None,
+            own: &[],
         }
     }
 

@@ -126,6 +126,8 @@ struct Hold {
 enum Source {
     Policy(u32),
     Budget(Arc<Budget>),
+    /// One of the key's own limits.
+    Own(Arc<Rule>),
 }
 
 impl Source {
@@ -133,6 +135,7 @@ impl Source {
         match self {
             Source::Policy(place) => &policies.get(*place).rule,
             Source::Budget(budget) => &budget.rule,
+            Source::Own(rule) => rule,
         }
     }
 }
@@ -170,6 +173,10 @@ pub fn admit(
         // On a refusal the reservation is dropped, and gives back what it has.
         let standing = reservation.hold(policies, Source::Policy(place), id, now)?;
         report.note(&policy.rule, standing);
+    }
+    for rule in facts.own {
+        let standing = reservation.hold(Source::Own(rule.clone()), rule.id, now)?;
+        report.note(rule, standing);
     }
     for budget in quota.budgets.of(&facts.ids) {
         let id = budget.rule.id;
@@ -340,6 +347,7 @@ impl Reservation {
                 Source::Policy(policy) => Source::Policy(*policy),
                 // It may have been changed or topped up since the stream began.
                 Source::Budget(budget) => Source::Budget(self.quota.budgets.current(budget)),
+                Source::Own(rule) => Source::Own(rule.clone()),
             };
             let rule = source.rule(&self.policies);
             if !rule.hard || !rule.unit.grows() {
@@ -451,7 +459,7 @@ fn why(rule: &Rule, source: &Source, asked: u64) -> Why {
     match source {
         _ if asked > rule.amount() && !matches!(source, Source::Budget(_)) => Why::Never,
         Source::Budget(_) => Why::Spent,
-        Source::Policy(_) => Why::Exhausted,
+        Source::Policy(_) | Source::Own(_) => Why::Exhausted,
     }
 }
 

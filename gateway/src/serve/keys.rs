@@ -20,7 +20,7 @@ use subtle::ConstantTimeEq;
 
 use crate::{
     error::{Error, Kind},
-    quota::Ids,
+    quota::{Ids, rule::Rule},
 };
 
 /// Maps of the table. With a million keys a change copies some 50 KiB; empty, the table takes 8 KiB.
@@ -50,6 +50,8 @@ pub struct Key {
     pub disabled: bool,
     /// What limits and budgets know it by.
     pub ids: Ids,
+    /// Its own limits; few keys have any.
+    pub own: Option<Arc<[Arc<Rule>]>>,
     pub life: Arc<Life>,
 }
 
@@ -285,6 +287,7 @@ mod tests {
             expires_unix_ms: NEVER_MS,
             disabled: false,
             ids: Ids::default(),
+            own: None,
             life: Arc::default(),
         }
     }

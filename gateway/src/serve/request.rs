@@ -399,6 +399,7 @@ fn admit(
         path: api.path(),
         client: client.origin.ip,
         header: &header,
+        own: key.own.as_deref().unwrap_or_default(),
     };
     let snapshot = &request.snapshot;
     let admission = reservation::admit(&snapshot.quota, &snapshot.policies, &facts, ask)

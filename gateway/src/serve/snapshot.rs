@@ -127,6 +127,7 @@ impl Snapshot {
                 expires_unix_ms: NEVER_MS,
                 disabled: false,
                 ids: Ids::new(&key.name, team, organization),
+                own: None,
                 life,
             };
             keys.insert(hash, Arc::new(compiled));

@@ -34,7 +34,7 @@ pub fn servers() -> Vec<&'static str> {
         .filter(there)
         .collect();
     if found.is_empty() {
-        skipped("neither redis-server nor valkey-server is installed");
+        skipped("redis", "neither redis-server nor valkey-server is installed");
     }
     found
 }

@@ -92,6 +92,7 @@ pub fn explain(config: &Config, words: &[String]) -> anyhow::Result<Vec<String>>
         path: described.path.as_deref().unwrap_or(Api::ChatCompletions.path()),
         client: described.client.unwrap_or(IpAddr::from([127, 0, 0, 1])),
         header: &header,
+        own: &[],
     };
     let providers: Vec<&str> = match (&described.provider, model) {
         (Some(provider), _) => vec![provider],

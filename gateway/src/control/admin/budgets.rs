@@ -1,5 +1,7 @@
 //! `/v1/budgets`: what may be spent, and prepaid credit. Also `/v1/audit`: who changed what.
 
+use std::sync::Arc;
+
 use axum::{
     Json,
     body::Bytes,
@@ -12,12 +14,15 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Failure,
-    access::{By, Names, PAGE_MAX, Page, Params, Tagged, cursor, moment, page_size, read_cursor, seen},
+    access::{
+        By, Names, PAGE_MAX, Page, Params, Source, Tagged, cursor, moment, page_size, read_cursor, seen,
+    },
     parse,
     routes::{App, Operation, Routes},
 };
-use crate::control::store::{
-    self, Budget, BudgetSettings, Db, Entry, NewTopUp, Row, Scope, Standing, TopUp, usd,
+use crate::{
+    control::store::{self, Budget, BudgetSettings, Db, Entry, NewTopUp, Row, Scope, Standing, TopUp, usd},
+    quota::{self, Quota, Subject},
 };
 
 pub fn routes(routes: Routes) -> Routes {
@@ -29,7 +34,7 @@ pub fn routes(routes: Routes) -> Routes {
             list,
             op(
                 "listBudgets",
-                "List the budgets that were made at run time, by name",
+                "List budgets by name, those of the configuration file too, and how they stand",
             )
             .query::<BudgetQuery>()
             .answer::<BudgetList>(StatusCode::OK, "A page of budgets."),
@@ -98,19 +103,30 @@ pub struct BudgetView {
     scope: Scope,
     /// The key's, team's or organization's name; `all` for the gateway.
     name: String,
+    source: Source,
     /// Dollars a period; null: prepaid credit.
     usd: Option<String>,
     /// The period; null: the budget is there once.
     every: Option<String>,
     /// Percents of use at which somebody is told.
-    alerts: Vec<u8>,
+    alerts: Vec<u16>,
+    /// Those of them that were told in this period.
+    alerts_told: Vec<u16>,
     hard: bool,
     /// All prepaid dollars that were added, used ones too.
     credit_usd: String,
-    created_at: String,
-    updated_at: String,
+    /// Dollars used for good in this period, of the credit in all.
+    spent_usd: String,
+    /// Dollars that running requests of this host have reserved.
+    reserved_usd: String,
+    /// Dollars that may be used now: of the period, or of the credit.
+    left_usd: String,
+    /// The end of the period; null for credit, and where nothing is used.
+    resets_at: Option<String>,
+    created_at: Option<String>,
+    updated_at: Option<String>,
     /// Rises with each change; the `ETag` is made of it.
-    version: u64,
+    version: Option<u64>,
 }
 
 /// A page of budgets.
@@ -140,27 +156,114 @@ pub struct TopUpList {
 }
 
 impl BudgetView {
-    fn of((row, credit): &Standing) -> BudgetView {
+    /// One that was made at run time.
+    fn of((row, credit): &Standing, quota: &Quota) -> BudgetView {
         let budget = &row.doc;
-        BudgetView {
+        let subject = Subject::new(budget.scope.name(), &budget.name);
+        let in_force = subject.and_then(|subject| quota.budgets.get(&subject));
+        let stands = in_force.map(|in_force| quota.budgets.status(&in_force, &quota.levels));
+        let view = BudgetView {
             scope: budget.scope,
             name: budget.name.clone(),
-            usd: budget
-                .nano_usd
-                .map(|nano| usd(i64::try_from(nano).unwrap_or(i64::MAX))),
+            source: Source::Runtime,
+            usd: budget.nano_usd.map(dollars),
             every: budget.every.clone(),
-            alerts: budget.alerts.clone(),
+            alerts: budget.alerts.iter().map(|percent| (*percent).into()).collect(),
+            alerts_told: Vec::new(),
             hard: budget.hard,
             credit_usd: usd(*credit),
-            created_at: moment(budget.created_ms),
-            updated_at: moment(budget.updated_ms),
-            version: row.version,
+            spent_usd: usd(0),
+            reserved_usd: usd(0),
+            left_usd: usd(0),
+            resets_at: None,
+            created_at: Some(moment(budget.created_ms)),
+            updated_at: Some(moment(budget.updated_ms)),
+            version: Some(row.version),
+        };
+        match stands {
+            Some(stands) => view.standing(&stands),
+            None => view,
         }
     }
 
-    fn answer(status: StatusCode, standing: &Standing) -> Response {
-        Tagged::row(status, &standing.0, BudgetView::of(standing)).into_response()
+    /// One of the configuration file.
+    fn of_file(scope: Scope, budget: &Arc<quota::budget::Budget>, quota: &Quota) -> BudgetView {
+        let stands = quota.budgets.status(budget, &quota.levels);
+        let is_credit = budget.is_credit();
+        let every = budget.rule.every();
+        let view = BudgetView {
+            scope,
+            name: file_name(budget).to_owned(),
+            source: Source::File,
+            usd: (!is_credit).then(|| dollars(stands.amount)),
+            // The kind of the window stands before its length.
+            every: every
+                .split(' ')
+                .next_back()
+                .filter(|_| !is_credit)
+                .map(str::to_owned),
+            alerts: budget.alerts().to_vec(),
+            alerts_told: Vec::new(),
+            hard: budget.rule.hard,
+            credit_usd: if is_credit { dollars(stands.amount) } else { usd(0) },
+            spent_usd: usd(0),
+            reserved_usd: usd(0),
+            left_usd: usd(0),
+            resets_at: None,
+            created_at: None,
+            updated_at: None,
+            version: None,
+        };
+        view.standing(&stands)
     }
+
+    fn standing(self, stands: &quota::budget::Status) -> BudgetView {
+        BudgetView {
+            alerts_told: stands.told.clone(),
+            spent_usd: dollars(stands.used),
+            reserved_usd: dollars(stands.reserved),
+            left_usd: dollars(stands.standing.remaining),
+            resets_at: stands.resets_at_ms.map(moment),
+            ..self
+        }
+    }
+
+    fn answer(app: &App, status: StatusCode, standing: &Standing) -> Response {
+        let quota = quota_of(app);
+        Tagged::row(status, &standing.0, BudgetView::of(standing, &quota)).into_response()
+    }
+}
+
+fn quota_of(app: &App) -> Arc<Quota> {
+    app.directory().shared.snapshot.load().quota.clone()
+}
+
+fn dollars(nano: u64) -> String {
+    usd(i64::try_from(nano).unwrap_or(i64::MAX))
+}
+
+/// The name under which the API knows a budget of the file.
+fn file_name(budget: &quota::budget::Budget) -> &str {
+    match &budget.subject {
+        Subject::Gateway => "all",
+        other => other.name(),
+    }
+}
+
+/// The budgets of the configuration file that are in force, each with its scope.
+fn in_file(quota: &Quota) -> Vec<(Scope, Arc<quota::budget::Budget>)> {
+    let scope = |budget: &Arc<quota::budget::Budget>| match budget.subject {
+        Subject::Key(_) => Scope::Key,
+        Subject::Team(_) => Scope::Team,
+        Subject::Organization(_) => Scope::Organization,
+        Subject::Gateway => Scope::Gateway,
+    };
+    let all = quota.budgets.of_file();
+    let in_force = all.iter().filter(|budget| {
+        let in_force = quota.budgets.get(&budget.subject);
+        in_force.is_some_and(|in_force| !in_force.at_run_time)
+    });
+    in_force.map(|budget| (scope(budget), budget.clone())).collect()
 }
 
 async fn list(
@@ -170,6 +273,17 @@ async fn list(
     let size = page_size(query.limit)?;
     let after = read_cursor(query.after.as_deref())?;
     let scope = query.scope.map(Scope::name).unwrap_or_default();
+    let quota = quota_of(&app);
+    let of_file = in_file(&quota);
+    let wanted = of_file.iter().filter(|(scope, budget)| {
+        let name = file_name(budget);
+        let id = Budget::id_of(*scope, name);
+        query.scope.is_none_or(|wanted| wanted == *scope)
+            && (name, id.as_str()) > (after.0.as_str(), after.1.as_str())
+    });
+    let mut data: Vec<BudgetView> = wanted
+        .map(|(scope, budget)| BudgetView::of_file(*scope, budget, &quota))
+        .collect();
     let look = move |db: &mut Db| {
         let rows = db.list::<Budget>(scope, (&after.0, &after.1), size + 1)?;
         rows.into_iter()
@@ -177,10 +291,13 @@ async fn list(
             .collect::<Result<Vec<Standing>, store::Failure>>()
     };
     let rows = app.directory().store.change(look).await?;
-    let more = rows.len() > size;
-    let last = rows.get(size - 1).filter(|_| more);
-    let next = last.map(|(row, _)| cursor(&row.doc.name, &store::Doc::id(&row.doc)));
-    let data = rows.iter().take(size).map(BudgetView::of).collect();
+    data.extend(rows.iter().map(|standing| BudgetView::of(standing, &quota)));
+    let place = |view: &BudgetView| (view.name.clone(), Budget::id_of(view.scope, &view.name));
+    data.sort_by_cached_key(place);
+    let more = data.len() > size;
+    data.truncate(size);
+    let last = data.last().filter(|_| more).map(place);
+    let next = last.map(|(name, id)| cursor(&name, &id));
     Ok(Json(BudgetList { data, next }))
 }
 
@@ -188,12 +305,17 @@ async fn show(
     State(app): State<App>,
     Names((scope, name)): Names<(Scope, String)>,
 ) -> Result<Response, Failure> {
+    let quota = quota_of(&app);
+    let in_force = Subject::new(scope.name(), &name).and_then(|subject| quota.budgets.get(&subject));
+    if let Some(budget) = in_force.filter(|budget| !budget.at_run_time && file_name(budget) == name) {
+        return Ok(Json(BudgetView::of_file(scope, &budget, &quota)).into_response());
+    }
     let standing = app
         .directory()
         .store
         .change(move |db| db.budget(scope, &name))
         .await?;
-    Ok(BudgetView::answer(StatusCode::OK, &standing))
+    Ok(BudgetView::answer(&app, StatusCode::OK, &standing))
 }
 
 async fn set(
@@ -209,7 +331,7 @@ async fn set(
     let change = move |db: &mut Db| {
         let exists = match scope {
             Scope::Key => known.key(&of).is_some() || !db.named::<store::Key>(&of)?.is_empty(),
-            Scope::Team => known.teams.contains(&of) || db.has_team(&of)?,
+            Scope::Team => known.has_team(&of) || db.has_team(&of)?,
             Scope::Organization | Scope::Gateway => true,
         };
         if !exists {
@@ -222,7 +344,7 @@ async fn set(
     };
     let standing = app.directory().store.change(change).await?;
     tracing::info!(by = %who.name, scope = scope.name(), name, "budget set");
-    Ok(BudgetView::answer(StatusCode::OK, &standing))
+    Ok(BudgetView::answer(&app, StatusCode::OK, &standing))
 }
 
 async fn delete(
@@ -281,7 +403,7 @@ async fn top_up(
     } else {
         StatusCode::OK
     };
-    Ok(BudgetView::answer(status, &standing))
+    Ok(BudgetView::answer(&app, status, &standing))
 }
 
 /// Which changes to list.

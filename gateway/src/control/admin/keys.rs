@@ -21,7 +21,7 @@ use crate::{
     config::parse_sha256,
     control::{
         access::{Directory, FileKey, Names as Known},
-        store::{self, Db, Key, KeyPatch, NewKey, Revocation, Rotation, Row},
+        store::{self, Db, Key, KeyLimit, KeyPatch, NewKey, Revocation, Rotation, Row},
     },
     net::clock,
 };
@@ -141,6 +141,8 @@ pub struct KeyView {
     networks: Vec<String>,
     tags: Vec<String>,
     metadata: BTreeMap<String, String>,
+    /// Limits of its own, besides those of the configuration.
+    limits: Vec<KeyLimit>,
     /// What it can be recognized by, the newest first.
     secrets: Vec<SecretView>,
     created_at: Option<String>,
@@ -213,6 +215,7 @@ impl KeyView {
             networks: key.networks.iter().map(ToString::to_string).collect(),
             tags: key.tags.clone(),
             metadata: key.metadata.clone(),
+            limits: key.limits.clone(),
             secrets: key.secrets.iter().map(secret).collect(),
             created_at: Some(moment(key.created_ms)),
             updated_at: Some(moment(key.updated_ms)),
@@ -224,17 +227,20 @@ impl KeyView {
     }
 
     fn of_file(key: &FileKey, directory: &Directory) -> KeyView {
+        let names = directory.names.load();
+        let organization = key.team.as_deref().and_then(|team| names.organization(team));
         KeyView {
             id: key.id.clone(),
             name: key.name.clone(),
             source: Source::File,
             state: KeyState::Active,
             team: key.team.clone(),
-            organization: None,
+            organization: organization.map(str::to_owned),
             models: key.models.clone(),
             networks: Vec::new(),
             tags: Vec::new(),
             metadata: BTreeMap::new(),
+            limits: Vec::new(),
             secrets: Vec::new(),
             created_at: None,
             updated_at: None,
@@ -365,10 +371,7 @@ fn check_names(
         return Err(store::Failure::conflict(message));
     }
     if let Some(team) = team
-        && known
-            .teams
-            .binary_search_by(|other| other.as_str().cmp(team))
-            .is_err()
+        && !known.has_team(team)
         && !db.has_team(team)?
     {
         return Err(store::Failure::invalid("`team`: there is no team of this name"));

@@ -98,11 +98,11 @@ impl TeamView {
         }
     }
 
-    fn of_file(name: &str) -> TeamView {
+    fn of_file((name, organization): &(String, Option<String>)) -> TeamView {
         TeamView {
-            name: name.to_owned(),
+            name: name.clone(),
             source: Source::File,
-            organization: None,
+            organization: organization.clone(),
             metadata: BTreeMap::new(),
             created_at: None,
             updated_at: None,
@@ -128,14 +128,14 @@ async fn list(State(app): State<App>, Params(page): Params<Page>) -> Result<Json
         .map(|team| cursor(&team.name, &team.name));
     if page.after.is_none() {
         let names = directory.names.load();
-        data.extend(names.teams.iter().map(|name| TeamView::of_file(name)));
+        data.extend(names.teams.iter().map(TeamView::of_file));
         data.sort_by(|a, b| a.name.cmp(&b.name));
     }
     Ok(Json(TeamList { data, next }))
 }
 
 fn is_in_file(app: &App, name: &str) -> bool {
-    app.directory().names.load().teams.iter().any(|team| team == name)
+    app.directory().names.load().has_team(name)
 }
 
 fn refuse_file_team(app: &App, name: &str) -> Result<(), Failure> {
@@ -150,8 +150,8 @@ fn refuse_file_team(app: &App, name: &str) -> Result<(), Failure> {
 }
 
 async fn show(State(app): State<App>, Names(name): Names<String>) -> Result<Response, Failure> {
-    if is_in_file(&app, &name) {
-        return Ok(Json(TeamView::of_file(&name)).into_response());
+    if let Some(team) = app.directory().names.load().team(&name) {
+        return Ok(Json(TeamView::of_file(team)).into_response());
     }
     let row = app.directory().store.change(move |db| db.team(&name)).await?;
     Ok(Tagged::row(StatusCode::OK, &row, TeamView::of(&row)).into_response())

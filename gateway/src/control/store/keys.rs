@@ -7,7 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Value, json};
 
-use super::{Actor, Budget, Cause, Db, Failure, Key, Kind, Revoked, Row, Running, Scope, Secret, Team};
+use super::{
+    Actor, Budget, Cause, Db, Failure, Key, KeyLimit, Kind, Revoked, Row, Running, Scope, Secret, Team,
+    limits::{self, LIMITS_MAX},
+};
 use crate::{
     bounds::NAME_BYTES_MAX,
     config::{
@@ -64,6 +67,10 @@ pub struct NewKey {
     /// Anything else that should be known of the key; not for secrets.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    /// Limits of its own, at most 8, besides those of the configuration.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = LIMITS_MAX))]
+    pub limits: Vec<KeyLimit>,
     /// When the key ends, RFC 3339. Absent: never.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
@@ -107,6 +114,10 @@ pub struct KeyPatch {
     /// All of the key's metadata.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub metadata: Option<BTreeMap<String, String>>,
+    /// All limits of its own; an empty list: none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(max = LIMITS_MAX))]
+    pub limits: Option<Vec<KeyLimit>>,
     /// When the key ends, RFC 3339; null: never.
     #[serde(deserialize_with = "given", skip_serializing_if = "Option::is_none")]
     #[schemars(extend("format" = "date-time"))]
@@ -170,6 +181,7 @@ impl Db {
             networks: new.networks.iter().map(IpNet::trunc).collect(),
             tags: new.tags.clone(),
             metadata: new.metadata.clone(),
+            limits: new.limits.clone(),
             created_ms: now_ms,
             updated_ms: now_ms,
             expires_ms: ends(new.expires_at.as_deref(), new.expires_in, now_ms)?,
@@ -250,6 +262,9 @@ impl Db {
         }
         if let Some(metadata) = &patch.metadata {
             key.metadata.clone_from(metadata);
+        }
+        if let Some(limits) = &patch.limits {
+            key.limits.clone_from(limits);
         }
         if patch.expires_at.is_some() || patch.expires_in.is_some() {
             let at = patch.expires_at.as_ref().and_then(Option::as_deref);
@@ -457,6 +472,7 @@ fn check(key: &Key) -> Result<(), Failure> {
     at_most("networks", key.networks.len(), NETWORKS_MAX)?;
     at_most("tags", key.tags.len(), TAGS_MAX)?;
     key.tags.iter().try_for_each(|tag| named("tags", tag))?;
+    limits::check(&key.limits)?;
     check_metadata(&key.metadata)
 }
 

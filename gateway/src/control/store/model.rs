@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::limits::KeyLimit;
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -65,6 +66,8 @@ pub struct Key {
     pub tags: Vec<String>,
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<KeyLimit>,
     pub created_ms: u64,
     pub updated_ms: u64,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -213,6 +213,36 @@ fn a_foreign_document_that_is_wrong_is_refused_whole() {
     assert!(state(&store).is_empty());
 }
 
+#[test]
+fn a_change_from_the_future_is_left_out_and_the_others_are_taken() {
+    let (_directory, store, _) = new_store();
+    let (_other_directory, other, _) = new_store();
+    for name in ["a", "b"] {
+        let new = NewTeam {
+            name: name.into(),
+            ..NewTeam::default()
+        };
+        other
+            .change_blocking(move |db| db.create_team(&new, "t"))
+            .expect("a team");
+    }
+    let mut changes = other
+        .change_blocking(|db| db.changes_since(0, 10))
+        .expect("changes");
+    changes[0].stamp.unix_ms += AHEAD_MS_MAX + 60_000;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .build()
+        .expect("a runtime");
+    assert_eq!(
+        runtime.block_on(store.apply(changes.clone())).expect("applied"),
+        1
+    );
+    let ids: Vec<String> = state(&store).into_iter().map(|(_, id, ..)| id).collect();
+    assert_eq!(ids, ["b"]);
+    changes[0].stamp.unix_ms -= AHEAD_MS_MAX;
+    assert_eq!(runtime.block_on(store.apply(changes)).expect("applied"), 1);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 

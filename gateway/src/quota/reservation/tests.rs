@@ -43,6 +43,7 @@ impl World {
             path: "/v1/chat/completions",
             client: IpAddr::from([192, 0, 2, 1]),
             header: &|_| None,
+            own: &[],
         };
         admit(&self.quota, &self.policies, &facts, ask)
     }
@@ -353,6 +354,7 @@ fn subjects_without_a_place_share_one() {
             path: "",
             client: IpAddr::from([192, 0, 2, 1]),
             header: &|_| None,
+            own: &[],
         };
         admit(&world.quota, &world.policies, &facts, ask(1, 1))
             .map(|admission| admission.reservation.settle(used(1, 1)))
