@@ -99,6 +99,9 @@ impl Stream {
     /// A stream whose upstream has answered and whose client has been sent nothing.
     pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
         let mut meter = Meter::new(terms.api, terms.hide_usage);
+        if account.counts_tokens() {
+            meter.keep_text();
+        }
         let allowed = account.output_allowed();
         if allowed < u64::MAX {
             let calibration = account.calibration().unwrap_or_default();
@@ -548,9 +551,13 @@ impl Stream {
             return (usage, false);
         }
         let calibration = self.account.calibration().unwrap_or_default();
+        let counted = self.account.output_counted(self.meter.text(), seen.text_bytes());
         let usage = Usage {
             prompt: self.account.input_estimated(),
-            completion: seen.tokens_estimated(&calibration),
+            completion: counted.map_or_else(
+                || seen.tokens_estimated(&calibration),
+                |tokens| tokens.max(seen.texts()),
+            ),
             ..Usage::default()
         };
         (usage, true)
