@@ -22,6 +22,9 @@ use gateway::{
 /// as at a real rate.
 const BURST: u64 = 5_000;
 
+/// Room for one of the records here, bytes.
+const FRAME_BYTES: usize = 512;
+
 fn main() -> anyhow::Result<()> {
     let mut arguments = std::env::args().skip(1);
     let temporary = tempfile::tempdir()?;
@@ -43,10 +46,10 @@ fn main() -> anyhow::Result<()> {
     let mut slowest = Duration::ZERO;
     let mut appended = 0;
     while appended < records {
-        while journal.room() < BURST as usize {
+        while journal.room_bytes() < BURST as usize * FRAME_BYTES {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let burst = BURST.min(records - appended).min(journal.room() as u64);
+        let burst = BURST.min(records - appended);
         let (begun, begun_cpu) = (Instant::now(), thread_cpu()?);
         for _ in 0..burst {
             record.id.0[8..].copy_from_slice(&appended.to_be_bytes());

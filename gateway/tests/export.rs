@@ -184,6 +184,20 @@ fn each_record_comes_at_least_once_whatever_fails() {
 }
 
 #[test]
+fn a_stopping_gateway_delivers_what_is_left() {
+    let Some(server) = ClickHouse::start() else { return };
+    let fleet = fleet("tokens=3,pace=0,first=0");
+    let config = config(&server, &fleet.url()).replace("every: 100ms", "every: 10m");
+    let mut gateway = Gateway::start(&config);
+    ask(&gateway, 5);
+    let own: BTreeSet<String> = gateway.await_records(5).iter().map(line_of).collect();
+    assert!(server.query(EXPORTED).is_empty());
+    gateway.signal(libc::SIGTERM);
+    assert!(gateway.wait().success());
+    assert_eq!(server.query(EXPORTED).into_iter().collect::<BTreeSet<_>>(), own);
+}
+
+#[test]
 fn what_cannot_be_a_server_or_a_table_is_refused() {
     let refused = |text: &str| {
         let config = Setup::new("http://127.0.0.1:1").config();

@@ -417,7 +417,7 @@ fn child_fills_the_disk() {
     assert!(appended > 15_000, "{appended}");
     assert!(!journal.ready());
     assert_eq!(journal.append(&large_record(appended)), Err(Full));
-    assert_eq!(journal.room(), 0);
+    assert_eq!(journal.room_bytes(), 0);
     wait_for("the trouble is seen", || ledger.status().io_errors > 0);
     assert!(ledger.status().last_error.is_some());
     assert!(ledger.status().trouble.is_some());

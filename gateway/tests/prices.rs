@@ -252,3 +252,70 @@ fn estimates_learn_from_what_providers_tell() {
         Some(usage.prompt * 2500 + usage.completion * 10_000)
     );
 }
+
+/// A model of a known family is counted with its vocabulary where its provider tells nothing, streamed or not.
+#[test]
+fn a_known_family_is_counted_with_its_vocabulary() {
+    const TEXT: &str =
+        "Les sanglots longs des violons de l'automne blessent mon coeur d'une langueur monotone.";
+    let upstream = Scripted::start(move |socket, number| {
+        let (kind, body) = if number.is_multiple_of(2) {
+            let answer = serde_json::json!({ "choices": [{ "index": 0, "message": { "content": TEXT } }] });
+            ("application/json", answer.to_string())
+        } else {
+            let mut events: String = TEXT
+                .split_inclusive(' ')
+                .map(|word| serde_json::json!({ "choices": [{ "index": 0, "delta": { "content": word } }] }))
+                .map(|chunk| format!("data: {chunk}\n\n"))
+                .collect();
+            events.push_str("data: [DONE]\n\n");
+            ("text/event-stream", events)
+        };
+        let length = body.len();
+        let _ = write!(
+            socket,
+            "HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: {length}\r\n\r\n{body}"
+        );
+        Then::Keep
+    });
+    let setup = Setup::new(upstream.url()).workers(1, "auto");
+    let gateway = setup.model("known", "openai/gpt-4o-mini").start();
+    let completion = bpe_openai::o200k_base().count(TEXT) as u64;
+    // 2 tokens of text, 4 that frame the message, 3 that begin the answer.
+    let prompt = 9;
+    let mut client = Client::connect(gateway.addr());
+    eventually("the vocabulary is loaded and counts both", || {
+        let before = gateway.records().len();
+        for stream in [false, true] {
+            let body = format!(
+                r#"{{"model":"known","stream":{stream},"messages":[{{"role":"user","content":"hello world"}}]}}"#
+            );
+            client.post(CHAT, &body);
+            assert_eq!(client.answer().status, 200);
+        }
+        let records = gateway.await_records(before + 2);
+        let last = &records[before..];
+        assert!(last.iter().all(|record| record.flags.has(Flags::ESTIMATED)));
+        let counted = |record: &gateway::ledger::record::Record| {
+            (record.usage.prompt, record.usage.completion) == (prompt, completion)
+        };
+        last.iter().all(counted).then_some(())
+    });
+}
+
+#[test]
+fn sums_by_organization_have_the_team_of_the_key() {
+    let fleet = support::fleet("tokens=3,pace=0,first=0");
+    let gateway = Setup::new(fleet.url())
+        .more("organizations: [{ name: acme }]\nteams: [{ name: search, organization: acme }]\n")
+        .key("bob", "sk-of-bob-in-search-team", ", team: search")
+        .start();
+    let mut client = Client::connect(gateway.addr());
+    let body = r#"{"model":"fast","messages":[{"role":"user","content":"hello"}]}"#;
+    client.post_with(CHAT, body, "authorization: Bearer sk-of-bob-in-search-team\r\n");
+    assert_eq!(client.answer().status, 200);
+    assert_eq!(&*gateway.await_records(1)[0].organization, "acme");
+    let output = gateway.command(&["usage", "--by", "organization", "--format", "csv"]);
+    let csv = String::from_utf8(output.stdout).expect("text");
+    assert!(csv.contains("\r\nacme,1,1,"), "{csv}");
+}

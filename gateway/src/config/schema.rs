@@ -29,12 +29,14 @@ pub use kernel::{Connections, Drop, Kernel, KernelMode, Xdp, XdpMode};
 mod admin;
 mod limits;
 mod store;
+mod tokens;
 
 pub use admin::{ADMIN_TOKENS_MAX, Admin, AdminToken, Role};
 pub use limits::*;
 pub use listener::{Certificate, ClientHeader, Listener, ProxyProtocol, Tls};
 pub use relay::{Gather, Relay};
 pub use store::*;
+pub use tokens::Tokenizer;
 
 /// The configuration file, `gateway.yaml`. Relative paths in it begin at its own directory.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
@@ -196,6 +198,9 @@ pub struct Target {
     /// Lower goes first; a higher one is used when all lower ones fail.
     #[serde(default)]
     pub priority: u32,
+    /// What tokens are counted with where the provider does not tell them. Absent: by the model's name, for OpenAI's.
+    #[serde(default)]
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// How long the parts of a request may take; each more than 0 and at most 1d.

@@ -118,6 +118,7 @@ impl Gateway {
         let cluster = cluster::join(&config)?;
         registry.quota = Arc::new(quota::open(&config, cluster.as_deref())?);
         let snapshot = Snapshot::build(&config, &mut registry)?;
+        snapshot.load_vocabularies();
         let shared = Arc::new(Shared::new(snapshot, cores));
         let names = Arc::new(ArcSwap::from_pointee(Names::new(&config)));
         let inner = Arc::new(Mutex::new(Inner {

@@ -228,6 +228,7 @@ impl State {
         let tokens = admin::tokens(&config).map_err(|error| format!("{error:#}"))?;
         let mut inner = self.inner();
         let snapshot = Snapshot::build(&config, &mut inner.registry).map_err(|error| format!("{error:#}"))?;
+        snapshot.load_vocabularies();
         let unchanged = needs_restart(&self.at_start, &config);
 
         let generation = snapshot.generation;

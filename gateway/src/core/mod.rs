@@ -16,7 +16,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use crate::{
-    bounds::SCRATCH_BYTES,
+    bounds::{SCRATCH_BYTES, TOKENIZED_BYTES_PER_TICK},
     error::{Error, Kind, Source},
     fleet::Pool,
     ledger::{
@@ -99,6 +99,10 @@ pub struct Core {
     pub connections: Cell<usize>,
     /// Requests accepted and not ended: records to be written.
     pub accounts_open: Cell<usize>,
+    /// Bytes that their records take at most.
+    pub accounts_bytes: Cell<usize>,
+    /// Bytes of text whose tokens were counted, and in which tick.
+    tokenized: Cell<(u64, usize)>,
     /// The empty name, so that a record without one costs no allocation.
     pub empty: Arc<str>,
     journal: RefCell<Journal>,
@@ -122,6 +126,8 @@ impl Core {
             blocks_seen: Cell::new(0),
             connections: Cell::new(0),
             accounts_open: Cell::new(0),
+            accounts_bytes: Cell::new(0),
+            tokenized: Cell::new((0, 0)),
             empty: Arc::from(""),
             journal: RefCell::new(journal),
             scratch: RefCell::new(vec![0; SCRATCH_BYTES].into()),
@@ -181,9 +187,23 @@ impl Core {
         self.turn.replace(self.turn.get().wrapping_add(1))
     }
 
-    /// Whether a record can be written now. Work is not begun that could not be recorded.
-    pub fn books_are_open(&self) -> bool {
-        self.journal.borrow().room() > self.accounts_open.get()
+    /// Whether there is time now to count the tokens of so many bytes of text: at most [`TOKENIZED_BYTES_PER_TICK`], so
+    /// that many requests that end at once do not hold up the others.
+    pub fn may_tokenize(&self, bytes: usize) -> bool {
+        let now = self.ticks.level();
+        let (tick, before) = self.tokenized.get();
+        let all = if tick == now { before } else { 0 } + bytes;
+        let may = all <= TOKENIZED_BYTES_PER_TICK;
+        if may {
+            self.tokenized.set((now, all));
+        }
+        may
+    }
+
+    /// Whether a record of at most so many bytes can be written besides those of the open requests. Work is not begun
+    /// that could not be recorded.
+    pub fn books_are_open(&self, record_bytes_max: usize) -> bool {
+        self.journal.borrow().room_bytes() >= self.accounts_bytes.get() + record_bytes_max
             || self.shared.snapshot.load().serves_unrecorded
     }
 

@@ -9,7 +9,12 @@ use std::{
 
 use memchr::memmem::{self, Finder};
 
-use super::{Api, Finish, Usage, estimate::Calibration, usage};
+use super::{
+    Api, Finish, Usage,
+    estimate::Calibration,
+    tokens::{self, TEXT_SAMPLE_BYTES},
+    usage,
+};
 use crate::{bounds::EVENT_BYTES_MAX, http::sse};
 
 /// How much of an event that is too long to be kept is looked at: its end, where the usage stands.
@@ -48,6 +53,9 @@ pub struct Meter {
     joined: Vec<u8>,
     /// The bound of a stream that has one; boxed, as most have none.
     bound: Option<Box<Bound>>,
+    /// Text of the answer, for who counts its tokens; kept where [`Meter::keep_text`] was called.
+    text: Vec<u8>,
+    keeps_text: bool,
     pub seen: Seen,
 }
 
@@ -120,10 +128,16 @@ impl Seen {
     }
 
     /// What the stream has told of its usage, or else an estimate, with so many input tokens; and whether it is one.
+    /// `counted` counts the output's tokens, where that can be done; otherwise the calibration tells.
     ///
     /// Some servers tell a usage with the first chunk, or with all. Where the stream broke off behind one that is less
     /// than what was delivered, that is estimated all the same.
-    pub fn used(&self, prompt: u64, calibration: &Calibration) -> (Usage, bool) {
+    pub fn used(
+        &self,
+        prompt: u64,
+        calibration: &Calibration,
+        counted: impl FnOnce() -> Option<u64>,
+    ) -> (Usage, bool) {
         let has_ended = self.done || self.finish != Finish::Unknown;
         match self.usage {
             Some(usage) if has_ended || usage.completion >= self.texts() => (usage, false),
@@ -132,7 +146,11 @@ impl Seen {
                     prompt,
                     ..Usage::default()
                 });
-                let completion = self.tokens_estimated(calibration).max(told.completion);
+                let delivered = counted().map_or_else(
+                    || self.tokens_estimated(calibration),
+                    |tokens| tokens.max(self.texts()),
+                );
+                let completion = delivered.max(told.completion);
                 (Usage { completion, ..told }, true)
             }
         }
@@ -158,6 +176,8 @@ impl Meter {
             was_hidden: false,
             joined: Vec::new(),
             bound: None,
+            text: Vec::new(),
+            keeps_text: false,
             seen: Seen::default(),
         }
     }
@@ -172,6 +192,16 @@ impl Meter {
             exhausted: false,
             opening: Vec::new(),
         }));
+    }
+
+    /// Keeps a sample of the answer's text, at most [`TEXT_SAMPLE_BYTES`].
+    pub fn keep_text(&mut self) {
+        self.keeps_text = true;
+    }
+
+    /// The sample, as JSON has it.
+    pub fn text(&self) -> &[u8] {
+        &self.text
     }
 
     /// Whether the stream has come to its bound.
@@ -470,7 +500,15 @@ impl Meter {
         if self.bound.is_none() && seen.events > COUNTED && !seen.events.is_multiple_of(SAMPLED) {
             return;
         }
-        let bytes = text_bytes(self.api, event);
+        let (mut bytes, text) = (0, &mut self.text);
+        texts(self.api, event, &mut |part| {
+            bytes += part.len();
+            if self.keeps_text && text.len() < TEXT_SAMPLE_BYTES {
+                // At once for all, so that no later event allocates.
+                text.reserve_exact(TEXT_SAMPLE_BYTES - text.len());
+                tokens::keep(text, part);
+            }
+        });
         seen.sample.events += 1;
         seen.sample.event_bytes += event.len() as u64;
         seen.sample.texts += u64::from(bytes > 0);
@@ -494,22 +532,27 @@ pub fn finish_of(json: &[u8]) -> Finish {
     }
 }
 
-/// Bytes of generated text in an event: what stands as a string behind the keys that carry it. `content` finds
+/// Bytes of generated text in an event; see [`texts`].
+pub fn text_bytes(api: Api, event: &[u8]) -> usize {
+    let mut bytes = 0;
+    texts(api, event, &mut |text| bytes += text.len());
+    bytes
+}
+
+/// The generated text in an event, as JSON has it: what stands as a string behind the keys that carry it. `content` finds
 /// `reasoning_content` too. Looked for as bytes, since in JSON the quote of a key is never escaped and that of
 /// text within a string always is.
-pub fn text_bytes(api: Api, event: &[u8]) -> usize {
+pub fn texts(api: Api, event: &[u8], take: &mut impl FnMut(&[u8])) {
     let keys: &[&Finder<'static>] = match api {
         Api::ChatCompletions => &[&CONTENT, &ARGUMENTS],
         Api::Completions => &[&TEXT],
         Api::Responses | Api::Embeddings => &[&DELTA],
     };
-    keys.iter()
-        .map(|key| {
-            key.find_iter(event)
-                .map(|at| string_bytes(&event[at + key.needle().len()..]))
-                .sum::<usize>()
-        })
-        .sum()
+    for key in keys {
+        for at in key.find_iter(event) {
+            take(string(&event[at + key.needle().len()..]));
+        }
+    }
 }
 
 static FINISH: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"finish_reason\""));
@@ -518,25 +561,25 @@ static ARGUMENTS: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"arg
 static TEXT: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"text\""));
 static DELTA: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"delta\""));
 
-/// Length of the JSON string that follows a key, behind its colon; 0 where something else follows.
-fn string_bytes(behind_key: &[u8]) -> usize {
+/// The JSON string that follows a key, behind its colon; empty where something else follows.
+fn string(behind_key: &[u8]) -> &[u8] {
     let value = behind_key.trim_ascii_start();
     let Some(value) = value.strip_prefix(b":").map(<[u8]>::trim_ascii_start) else {
-        return 0;
+        return b"";
     };
     let Some(string) = value.strip_prefix(b"\"") else {
-        return 0;
+        return b"";
     };
     let mut at = 0;
     while let Some(found) = memchr::memchr2(b'"', b'\\', &string[at..]) {
         at += found;
         if string[at] == b'"' {
-            return at;
+            return &string[..at];
         }
         at = (at + 2).min(string.len());
     }
     // Cut off: what is there counts.
-    string.len()
+    string
 }
 
 #[cfg(test)]
@@ -689,7 +732,7 @@ mod tests {
         let mut meter = Meter::new(Api::ChatCompletions, false);
         relay(&mut meter, &[format!("{early}\n\n").as_bytes()]);
         let used = |meter: &Meter| {
-            let (usage, estimated) = meter.seen.used(4, &Calibration::default());
+            let (usage, estimated) = meter.seen.used(4, &Calibration::default(), || None);
             (usage.prompt, usage.completion, estimated)
         };
         assert_eq!(used(&meter), (9, 1, false));

@@ -4,6 +4,7 @@ pub mod estimate;
 pub mod json;
 pub mod meter;
 pub mod request;
+pub mod tokens;
 pub mod usage;
 
 /// What a request asks for; told by its path.

@@ -15,7 +15,7 @@ use rustls::ClientConfig;
 
 use crate::{
     config::{self, schema, units::Secret},
-    dialect::estimate::Calibration,
+    dialect::{estimate::Calibration, tokens::Vocabulary},
     ledger::prices::Tariff,
     net::tls,
 };
@@ -64,6 +64,8 @@ pub struct Target {
     pub tariff: Tariff,
     /// How many bytes make a token of its model.
     pub calibration: Arc<Calibration>,
+    /// What they are counted with where it does not tell.
+    pub vocabulary: Option<Vocabulary>,
 }
 
 /// All endpoints of the process' life that are in use, so that a reload finds those that stay and keeps their

@@ -73,6 +73,7 @@ mod tests {
             priority,
             tariff: Default::default(),
             calibration: Default::default(),
+            vocabulary: None,
         };
         weights.iter().map(target).collect()
     }

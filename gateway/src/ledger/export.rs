@@ -13,7 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -43,6 +43,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// A server that merges may take its time; a batch is sent again when it takes longer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a stopping gateway delivers what the last fold has brought. The rest is delivered by the next start.
+const LAST_DELIVERY_MAX: Duration = Duration::from_secs(5);
+
 /// Pauses after failures: doubled from the first to the last.
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 const RETRY_LAST: Duration = Duration::from_secs(60);
@@ -56,10 +59,11 @@ pub struct Reached {
     pub at: usize,
 }
 
-/// How long the end waits for the batch that is on its way. What is not receipted is sent again by the next run.
-const END_TIME_MAX: Duration = Duration::from_secs(2);
+/// How long the end waits for the batch that is on its way and for [`LAST_DELIVERY_MAX`]. What is not receipted is sent again
+/// by the next run.
+const END_TIME_MAX: Duration = Duration::from_secs(6);
 
-/// The thread that delivers. Dropping it ends it, after the batch that is on its way or [`END_TIME_MAX`].
+/// The thread that delivers. Dropping it ends it, after the batch that is on its way and a last delivery, or [`END_TIME_MAX`].
 #[derive(Debug)]
 pub struct Exporter {
     stop: Option<mpsc::Sender<()>>,
@@ -169,6 +173,31 @@ impl Delivery {
                 }
             };
             self.show();
+        }
+        self.finish();
+        self.show();
+    }
+
+    /// Delivers what is left, within [`LAST_DELIVERY_MAX`].
+    fn finish(&mut self) {
+        let end = Instant::now() + LAST_DELIVERY_MAX;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            self.server.answer_timeout = left;
+            match self.deliver_some() {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(
+                        error = format!("{error:#}"),
+                        "the last records are not exported; the next start does it"
+                    );
+                    return;
+                }
+            }
         }
     }
 
@@ -354,13 +383,14 @@ struct Server {
     table: String,
     user: Option<String>,
     password: Option<Secret>,
+    /// For the whole of a request.
+    answer_timeout: Duration,
 }
 
 impl Server {
     fn new(config: &ClickHouse) -> Server {
         let agent = ureq::Agent::config_builder()
             .timeout_connect(Some(CONNECT_TIMEOUT))
-            .timeout_global(Some(ANSWER_TIMEOUT))
             .http_status_as_error(false)
             // The password must not follow to another server.
             .max_redirects(0)
@@ -371,6 +401,7 @@ impl Server {
             table: config.table.clone(),
             user: config.user.clone(),
             password: config.password.clone(),
+            answer_timeout: ANSWER_TIMEOUT,
         }
     }
 
@@ -401,6 +432,9 @@ impl Server {
             request = request.header("x-clickhouse-key", password.expose());
         }
         let mut answer = request
+            .config()
+            .timeout_global(Some(self.answer_timeout))
+            .build()
             .send(body)
             .map_err(|error| anyhow::anyhow!("{}: {error}", self.url))?;
         let status = answer.status();

@@ -97,15 +97,79 @@ impl Journal {
         self.active.appender.remaining() >= RECORD_BYTES_MAX || !self.shared.blanks.is_empty()
     }
 
-    /// Records, of the greatest size, that surely fit now. Only the ledger's thread makes it grow; a
-    /// core that admits at most this many requests at the same time records each of them.
-    pub fn room(&self) -> usize {
-        let blank = (SEGMENT_BYTES - segment::FRAMES_AT) / RECORD_BYTES_MAX;
-        self.active.appender.remaining() / RECORD_BYTES_MAX + self.shared.blanks.len() * blank
+    /// Bytes of frames that surely fit now, however long each of them is. Only the ledger's thread makes it grow; a core
+    /// whose open requests have frames of no more in sum records each of them. A segment is left when a frame does not fit,
+    /// so that its end may be lost up to the length of the longest.
+    pub fn room_bytes(&self) -> usize {
+        let of = |bytes: usize| bytes.saturating_sub(RECORD_BYTES_MAX - 1);
+        of(self.active.appender.remaining())
+            + self.shared.blanks.len() * of(SEGMENT_BYTES - segment::FRAMES_AT)
     }
 }
 
 /// Adds one to a counter that has one writer: cheaper than an atomic read-modify-write.
 fn add(counter: &AtomicU64) {
     counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{bounds::SEGMENTS_READY, ledger::record::tests::numbered, net::mapped};
+
+    /// A journal with as many segments waiting as a core has, and nobody who makes more.
+    fn journal(dir: &std::path::Path) -> Journal {
+        let blank = |id: u64| {
+            let path = dir.join(id.to_string());
+            let (_, appender, _) =
+                mapped::create(&path, SEGMENT_BYTES, &[0; segment::FRAMES_AT]).expect("a segment");
+            Blank { id, appender }
+        };
+        let blanks = ArrayQueue::new(SEGMENTS_READY);
+        for id in 1..=SEGMENTS_READY as u64 {
+            assert!(blanks.push(blank(id)).is_ok());
+        }
+        let shared = Shared {
+            blanks,
+            appended: AtomicU64::new(0).into(),
+            refused: AtomicU64::new(0),
+            leave: AtomicU64::new(0),
+        };
+        Journal::new(blank(99), Arc::new(shared))
+    }
+
+    #[test]
+    fn what_there_is_room_for_fits_whatever_its_length() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut journal = journal(dir.path());
+        let mut promised = journal.room_bytes();
+        let mut appended = 0;
+        loop {
+            let mut record = numbered(appended);
+            record.user = "u".repeat((appended * 37 % 129) as usize).into();
+            record.tags = "t".repeat((appended * 101 % 256) as usize).into();
+            let bytes = segment::encode(&record, &mut [0; RECORD_BYTES_MAX]);
+            if bytes > promised {
+                break;
+            }
+            promised -= bytes;
+            journal.append(&record).expect("what was promised");
+            appended += 1;
+        }
+        assert!(appended > 20_000, "{appended}");
+    }
+
+    /// However full the segment in use, a core takes 10,000 idle and 1,000 busy streams, with names twice as long as usual.
+    #[test]
+    fn the_waiting_segments_have_room_for_eleven_thousand_requests() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut journal = journal(dir.path());
+        let record = numbered(1);
+        while journal.active.appender.remaining() >= RECORD_BYTES_MAX {
+            journal.append(&record).expect("room");
+        }
+        let names_bytes = 9 * 40;
+        assert!(journal.room_bytes() / segment::frame_bytes_max(names_bytes) >= 11_000);
+        assert!(journal.room_bytes() / RECORD_BYTES_MAX >= 5600);
+    }
 }

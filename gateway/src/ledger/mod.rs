@@ -46,6 +46,7 @@ use self::{
 };
 pub use self::{
     journal::{Full, Journal},
+    segment::frame_bytes_max,
     totals::Counters,
 };
 use crate::config::schema;
@@ -66,7 +67,10 @@ pub struct Ledger {
     public: Arc<Public>,
     thread: Option<JoinHandle<()>>,
     /// Ends its thread when it is dropped.
+    /// Ends after the ledger's thread, whose last fold it delivers.
     _exporter: Option<Exporter>,
+    /// Keeps other gateways out until the last delivery is noted.
+    _lock: File,
 }
 
 /// The state of the ledger.
@@ -154,6 +158,7 @@ impl Ledger {
         let lock = lock(state)?;
         let journal = state.join(JOURNAL);
         make_directory(&journal)?;
+        let held = lock.try_clone().context("cannot keep the lock")?;
         let (mut worker, journals) = Worker::open(config, journal, lock, cores)
             .with_context(|| format!("cannot open the ledger in {}", state.display()))?;
         let public = worker.public();
@@ -171,6 +176,7 @@ impl Ledger {
             public,
             thread: Some(thread),
             _exporter: exporter,
+            _lock: held,
         };
         Ok((ledger, journals))
     }

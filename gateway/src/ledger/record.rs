@@ -32,7 +32,7 @@ use crate::{
 pub(super) const VERSION: u8 = 2;
 
 /// Where the names start in a frame, bytes.
-const NAMES_AT: usize = 144;
+pub(super) const NAMES_AT: usize = 144;
 /// Names of a record; the last are the tags.
 const NAMES: usize = 9;
 

@@ -149,6 +149,13 @@ pub fn encode(record: &Record, frame: &mut [u8; RECORD_BYTES_MAX]) -> usize {
     bytes
 }
 
+/// Most bytes of a frame whose names and tags are `names_bytes` long together.
+pub fn frame_bytes_max(names_bytes: usize) -> usize {
+    (record::NAMES_AT + names_bytes)
+        .next_multiple_of(UNIT_BYTES)
+        .min(RECORD_BYTES_MAX)
+}
+
 /// Writes the word of a frame that will stand at `offset` of the segment `id`.
 pub fn seal(frame: &mut [u8], id: u64, offset: usize) {
     let checksum = checksum(id, offset, frame);

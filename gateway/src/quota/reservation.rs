@@ -175,7 +175,7 @@ pub fn admit(
         report.note(&policy.rule, standing);
     }
     for rule in facts.own {
-        let standing = reservation.hold(Source::Own(rule.clone()), rule.id, now)?;
+        let standing = reservation.hold(policies, Source::Own(rule.clone()), rule.id, now)?;
         report.note(rule, standing);
     }
     for budget in quota.budgets.of(&facts.ids) {

@@ -5,9 +5,14 @@ use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc};
 use crate::{
     config::schema::OnDisconnect,
     core::Core,
-    dialect::{Api, Finish, Tier, Usage, estimate::Calibration},
+    dialect::{
+        Api, Finish, Tier, Usage,
+        estimate::Calibration,
+        tokens::{self, Prompt, Vocabulary},
+    },
     fleet::{Endpoint, Target},
     ledger::{
+        frame_bytes_max,
         prices::Price,
         record::{Flags, Outcome, Record, RequestId},
     },
@@ -23,6 +28,8 @@ pub struct Account {
     core: Rc<Core>,
     reservation: Option<Reservation>,
     record: Record,
+    /// Room that is kept for the record.
+    record_bytes_max: usize,
     started_ns: u64,
     /// When the request had been sent upstream, for the gateway's own share of the time.
     dispatched_ns: u64,
@@ -31,6 +38,8 @@ pub struct Account {
     input_estimated: u64,
     /// The tier that was asked for, for a request whose provider tells none.
     tier: Tier,
+    /// A sample of the request, where its tokens can be counted.
+    prompt: Option<Prompt>,
     error: Option<&'static str>,
     /// See [`Account::denied`].
     denied: Option<Box<Denied>>,
@@ -46,7 +55,22 @@ pub struct Account {
 struct Asked {
     price: Option<Arc<Price>>,
     calibration: Arc<Calibration>,
+    vocabulary: Option<Vocabulary>,
     on_disconnect: OnDisconnect,
+}
+
+/// Bytes that the record of a request takes at most, whichever of the model's targets answers it.
+pub fn record_bytes_max(key: &Key, model: &Model, marks: &Marks) -> usize {
+    let names = [
+        &key.name,
+        &key.team,
+        &key.organization,
+        &model.name,
+        &marks.user,
+        &marks.tags,
+    ];
+    let own: usize = names.iter().map(|name| name.len()).sum();
+    frame_bytes_max(own + model.names_bytes_max)
 }
 
 /// What a client says of its request for the books: the end user, its tags, and the service tier that it asks for.
@@ -68,12 +92,15 @@ impl Account {
         model: &Arc<Model>,
         api: Api,
         input_estimated: u64,
-        body_bytes: usize,
+        body: &[u8],
         marks: Marks,
         reservation: Reservation,
     ) -> Account {
         core.telemetry.counters().requests.inc();
         core.accounts_open.set(core.accounts_open.get() + 1);
+        let record_bytes_max = record_bytes_max(key, model, &marks);
+        core.accounts_bytes
+            .set(core.accounts_bytes.get() + record_bytes_max);
         let empty: Arc<str> = core.empty.clone();
         let record = Record {
             time_unix_ms: id.unix_ms(),
@@ -98,18 +125,20 @@ impl Account {
             cost: None,
             ttft_us: 0,
             duration_us: 0,
-            bytes_in: body_bytes as u64,
+            bytes_in: body.len() as u64,
             bytes_out: 0,
         };
         Account {
             core: core.clone(),
             reservation: Some(reservation),
             record,
+            record_bytes_max,
             started_ns,
             dispatched_ns: 0,
             client,
             input_estimated,
             tier: marks.tier,
+            prompt: model.has_vocabulary().then(|| Prompt::of(body)).flatten(),
             error: None,
             denied: None,
             target: None,
@@ -140,6 +169,7 @@ impl Account {
         self.target = Some(Asked {
             price: target.tariff.at(self.record.time_unix_ms).cloned(),
             calibration: target.calibration.clone(),
+            vocabulary: target.vocabulary,
             on_disconnect: target.provider.on_disconnect,
         });
         if let Some(drains_now) = &self.drains_now {
@@ -286,13 +316,43 @@ impl Account {
         self.record.api
     }
 
-    /// Input tokens as they are estimated: by what the model has taught that was asked, else as at the beginning.
+    /// Whether the answer's tokens can be counted, when its text is kept.
+    pub fn counts_tokens(&self) -> bool {
+        let asked = self.target.as_ref();
+        asked.is_some_and(|asked| asked.vocabulary.is_some())
+    }
+
+    /// Input tokens as they are estimated: counted where that is possible, else by what the model has taught that was asked,
+    /// else as at the beginning.
     pub fn input_estimated(&self) -> u64 {
         let bytes = self.record.bytes_in;
-        let asked = self.target.as_ref();
-        asked.map_or(self.input_estimated, |asked| {
-            asked.calibration.input_tokens(bytes)
-        })
+        let Some(asked) = &self.target else {
+            return self.input_estimated;
+        };
+        if let Some(tokens) = self.input_counted(asked) {
+            asked.calibration.learn_input(bytes, tokens);
+            return tokens;
+        }
+        asked.calibration.input_tokens(bytes)
+    }
+
+    fn input_counted(&self, asked: &Asked) -> Option<u64> {
+        let tokenizer = asked.vocabulary?.tokenizer()?;
+        let prompt = self.prompt.as_ref()?;
+        let may = self.core.may_tokenize(prompt.sample_bytes());
+        may.then(|| prompt.tokens(tokenizer)).filter(|&tokens| tokens > 0)
+    }
+
+    /// Output tokens of a text of which `sample` was kept, both as JSON has them, where they can be counted.
+    pub fn output_counted(&self, sample: &[u8], text_bytes: u64) -> Option<u64> {
+        let asked = self.target.as_ref()?;
+        let tokenizer = asked.vocabulary?.tokenizer()?;
+        if sample.is_empty() || !self.core.may_tokenize(sample.len()) {
+            return None;
+        }
+        let tokens = tokens::text_tokens(tokenizer, sample, text_bytes);
+        asked.calibration.learn_output(text_bytes, tokens);
+        Some(tokens)
     }
 
     /// When the request's head was complete, by the monotonic clock, nanoseconds.
@@ -443,6 +503,8 @@ impl Drop for Account {
             self.settle(Outcome::Stopped, usage, true);
         }
         self.core.accounts_open.set(self.core.accounts_open.get() - 1);
+        let others = self.core.accounts_bytes.get() - self.record_bytes_max;
+        self.core.accounts_bytes.set(others);
         self.core.telemetry.counters().response(self.record.status);
         self.log();
     }

@@ -11,7 +11,7 @@
 use std::{borrow::Cow, cell::RefCell, pin::pin, rc::Rc, sync::Arc, time::Duration};
 
 use super::{
-    account::{Account, Marks},
+    account::{self, Account, Marks},
     answer,
     body::{self, Body},
     connection::{Client, Next, Served},
@@ -26,7 +26,7 @@ use super::{
 use sha2::{Digest, Sha256};
 
 use crate::{
-    bounds::{DRAIN_TIME_MAX, NAME_BYTES_MAX},
+    bounds::{DRAIN_TIME_MAX, NAME_BYTES_MAX, RECORD_BYTES_MAX},
     core::{Core, DRAIN, STOP},
     dialect::{Api, Usage, request::Call},
     error::{Dialect, Error, Kind},
@@ -363,7 +363,8 @@ fn admit(
     body: &Body,
     noted: &Noted,
 ) -> Result<(Account, Report), Refusal> {
-    if !core.books_are_open() {
+    let marks = marks(core, call, noted, tags);
+    if !core.books_are_open(account::record_bytes_max(key, model, &marks)) {
         core.telemetry.counters().ledger_full.inc();
         let message = "the gateway cannot record requests now; try again";
         let error = Error {
@@ -382,7 +383,6 @@ fn admit(
             .output_max
             .unwrap_or(model.output_tokens_default.saturating_mul(call.choices)),
     };
-    let marks = marks(core, call, noted, tags);
     let input = model.input_tokens(body.bytes().len() as u64);
     let ask = Ask {
         input,
@@ -414,7 +414,7 @@ fn admit(
         model,
         api,
         input,
-        body.bytes().len(),
+        body.bytes(),
         marks,
         admission.reservation,
     );
@@ -616,7 +616,7 @@ async fn ready(client: &mut Client, core: &Rc<Core>, request: &Request) -> Next 
     if core.drain.level() >= DRAIN {
         return own_answer(client, core, request, 503, br#"{"status":"stopping"}"#).await;
     }
-    if !core.books_are_open() {
+    if !core.books_are_open(RECORD_BYTES_MAX) {
         return own_answer(client, core, request, 503, br#"{"status":"ledger full"}"#).await;
     }
     own_answer(client, core, request, 200, br#"{"status":"ready"}"#).await

@@ -12,7 +12,7 @@ use crate::{
         self,
         schema::{self, Balance, Config, OnDisconnect},
     },
-    dialect::{Tier, estimate::Calibrations},
+    dialect::{Tier, estimate::Calibrations, tokens::Vocabulary},
     fleet::{Endpoints, Provider, Target},
     ledger::prices::{self, Book},
     quota::{
@@ -67,6 +67,8 @@ pub struct Model {
     pub balance: Balance,
     pub timeouts: Timeouts,
     pub output_tokens_default: u64,
+    /// Bytes of the longest names that a target gives to a record.
+    pub names_bytes_max: usize,
 }
 
 /// A model's times.
@@ -160,6 +162,14 @@ impl Snapshot {
         })
     }
 
+    /// Has the vocabularies loaded that its models' tokens are counted with.
+    pub fn load_vocabularies(&self) {
+        let targets = self.models.values().flat_map(|model| &model.targets);
+        targets
+            .filter_map(|target| target.vocabulary)
+            .for_each(Vocabulary::load);
+    }
+
     /// The organization of a team; `None` where it has none.
     pub fn organization(&self, team: &str) -> Option<&Arc<str>> {
         self.organizations.get(team)
@@ -189,6 +199,11 @@ impl Snapshot {
 }
 
 impl Model {
+    /// Whether tokens of some of its targets are counted with a vocabulary.
+    pub fn has_vocabulary(&self) -> bool {
+        self.targets.iter().any(|target| target.vocabulary.is_some())
+    }
+
     /// Whether an answer of some of its targets is read on when its client hangs up.
     pub fn drains(&self) -> bool {
         self.targets
@@ -258,10 +273,17 @@ fn compile_model(
             priority: target.priority,
             tariff: book.tariff(&target.provider, vendor.as_deref(), name),
             calibration: Arc::default(),
+            vocabulary: Vocabulary::of(target.tokenizer, name),
         });
     }
+    let names_bytes = |target: &Target| {
+        let endpoints = target.provider.endpoints.iter();
+        let endpoint = endpoints.map(|endpoint| endpoint.name.len()).max();
+        target.provider.name.len() + target.model.len() + endpoint.unwrap_or_default()
+    };
     Ok(Model {
         name: model.name.as_str().into(),
+        names_bytes_max: targets.iter().map(names_bytes).max().unwrap_or_default(),
         targets,
         balance: model.balance,
         timeouts: Timeouts {

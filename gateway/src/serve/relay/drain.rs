@@ -92,11 +92,11 @@ pub async fn rest(core: &Rc<Core>, mut upstream: Upstream, account: &mut Account
         200..300 => usage::find(account.api(), &tail).or_else(|| usage::find_in_tail(&tail)),
         _ => Some(Usage::default()),
     };
-    let estimate = Usage {
+    let usage = told.unwrap_or_else(|| Usage {
         prompt: account.input_estimated(),
         ..Usage::default()
-    };
-    account.settle(Outcome::ClientGone, told.unwrap_or(estimate), told.is_none());
+    });
+    account.settle(Outcome::ClientGone, usage, told.is_none());
 }
 
 /// Reads until the answer's end, or until `look`, which is given the bytes without their framing, has seen enough.

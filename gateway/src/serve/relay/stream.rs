@@ -92,6 +92,9 @@ impl Stream {
     /// A stream whose upstream has answered and whose client has been sent nothing.
     pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
         let mut meter = Meter::new(terms.api, terms.hide_usage);
+        if account.counts_tokens() {
+            meter.keep_text();
+        }
         let allowed = account.output_allowed();
         if allowed < u64::MAX {
             let calibration = account.calibration().unwrap_or_default();
@@ -536,7 +539,8 @@ impl Stream {
     fn usage(&self) -> (Usage, bool) {
         let calibration = self.account.calibration().unwrap_or_default();
         let seen = &self.meter.seen;
-        seen.used(self.account.input_estimated(), &calibration)
+        let counted = || self.account.output_counted(self.meter.text(), seen.text_bytes());
+        seen.used(self.account.input_estimated(), &calibration, counted)
     }
 
     fn client_gone(&mut self) -> Next {

@@ -10,7 +10,7 @@ use crate::{
     dialect::{
         Api, Usage,
         meter::{finish_of, text_bytes},
-        usage,
+        tokens, usage,
     },
     http::{
         chunked::{CHUNK_END, CHUNK_HEAD_BYTES_MAX, LAST_CHUNK, write_chunk_head},
@@ -201,7 +201,11 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, text: &[u8],
         }
     }
     let estimated = usage.is_none();
-    let usage = usage.unwrap_or_else(|| estimate(account, body_bytes));
+    let whole = text.len() == body_bytes;
+    let usage = usage.unwrap_or_else(|| match account.api() {
+        Api::ChatCompletions | Api::Completions if whole => estimate_text(account, text),
+        _ => estimate(account, body_bytes),
+    });
     account.settle(outcome, usage, estimated);
 }
 
@@ -345,6 +349,18 @@ fn append(out: &mut Vec<u8>, bytes: &[u8], framing: Framing, end: bool) {
 fn settle_cut(account: &mut Account, outcome: Outcome, body_bytes: usize) {
     let usage = estimate(account, body_bytes);
     account.settle(outcome, usage, true);
+}
+
+/// What a whole answer used whose provider does not tell, by the text in it.
+fn estimate_text(account: &Account, answer: &[u8]) -> Usage {
+    let (sample, bytes) = tokens::answer_text(account.api(), answer);
+    let counted = account.output_counted(&sample, bytes);
+    let calibration = account.calibration().unwrap_or_default();
+    Usage {
+        prompt: account.input_estimated(),
+        completion: counted.unwrap_or_else(|| calibration.output_tokens(bytes)),
+        ..Usage::default()
+    }
 }
 
 /// What an answer used whose provider does not tell. Vectors of embeddings are long and no output tokens.
