@@ -106,4 +106,4 @@ timeout "$PATIENCE_S" "${qemu[@]}" -accel tcg -smp 2 -m 2048 -nographic -no-rebo
 grep -aE '^Linux |^test |panicked|guest:' "$log" || true
 passed=$(grep -acE '^test .* \.\.\. ok' "$log" || true)
 [ "$passed" -eq "${#TESTS[@]}" ] || { say "$passed of ${#TESTS[@]} passed: $log"; exit 1; }
-say "all ${#TESTS[@]} passed on $(grep -am1 '^Linux ' "$log")"
+say "all ${#TESTS[@]} passed on $(grep -aom1 'Linux [0-9].*' "$log")"
