@@ -103,13 +103,10 @@ impl Vocabulary {
             let rest = name.strip_prefix(*prefix);
             rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_ascii_alphanumeric()))
         };
-        if O200K.iter().any(|prefix| name.starts_with(prefix)) || REASONING.iter().any(|prefix| is(prefix)) {
+        if O200K.iter().any(|prefix| name.starts_with(prefix)) || REASONING.iter().any(&is) {
             return Some(Vocabulary::O200k);
         }
-        CL100K
-            .iter()
-            .any(|prefix| is(prefix))
-            .then_some(Vocabulary::Cl100k)
+        CL100K.iter().any(is).then_some(Vocabulary::Cl100k)
     }
 
     /// Loads the vocabulary in a thread of its own, unless somebody has.
