@@ -56,7 +56,7 @@ bench-peers: ## install what the gateway is compared with (nginx, HAProxy, Envoy
 
 # The test command. Its parts are targets, in the order in which they fail fastest.
 .PHONY: test
-test: setup fmt-check layers lint build unit systemd-check systemd-boot ebpf-check deny ## everything that CI runs
+test: setup fmt-check layers lint build unit systemd-check systemd-boot ebpf-check deny instructions ## everything that CI runs
 	@echo "test: ok"
 
 .PHONY: setup
@@ -111,6 +111,10 @@ ebpf-check: ## the committed eBPF object agrees with its source
 .PHONY: deny
 deny: ## licences, sources, doubled crates, advisories
 	tests/deny.sh
+
+.PHONY: instructions
+instructions: ## the hot path's instruction counts against their baseline (perf/instructions.tsv)
+	perf/instructions.sh --check
 
 .PHONY: fuzz
 fuzz: ## each fuzz target for FUZZ_SECONDS

@@ -19,6 +19,7 @@ PACKAGES=(
   redis-server:redis-server # the store that hosts share, in the tests of several hosts
   bsdutils:script         # a terminal for `gateway top`
   util-linux:setpriv      # programs with fewer rights
+  valgrind:valgrind       # instruction counts of the hot path
   gcc:cc                  # C parts of aws-lc, SQLite, mimalloc
 )
 

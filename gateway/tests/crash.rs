@@ -251,7 +251,7 @@ fn a_full_disk_ends_service_or_the_books_as_configured() {
     const NO_MOUNT: i32 = 77;
     let dir = tempfile::tempdir().expect("a directory");
     // In a mount namespace of its own, so that nothing is left mounted whatever happens.
-    let script = format!("mount -t tmpfs -o size=7m tmpfs \"${CHILD}\" || exit {NO_MOUNT}; exec \"$@\"");
+    let script = format!("mount -t tmpfs -o size=9500k tmpfs \"${CHILD}\" || exit {NO_MOUNT}; exec \"$@\"");
     for policy in ["refuse", "serve"] {
         let output = Command::new("unshare")
             .args(["--mount", "sh", "-c", &script, "sh"])

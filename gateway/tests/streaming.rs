@@ -547,7 +547,8 @@ fn a_slow_reader_holds_back_its_own_upstream_and_nobody_else(driver: &str) {
         );
     }
     let grown = resident_bytes(&gateway).saturating_sub(before);
-    assert!(grown < 4 << 20, "{grown} bytes for one slow reader");
+    // Some tens of KiB of its own; the rest are buffers that all connections of the core share, 8 MiB at most.
+    assert!(grown < 12 << 20, "{grown} bytes for one slow reader");
     // When it reads on, nothing is missing.
     let rest = slow.receive_until(b"[DONE]\n\n");
     let finder = memchr::memmem::Finder::new(b"\"content\":\"t");

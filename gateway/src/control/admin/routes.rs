@@ -272,10 +272,13 @@ fn query_parameters(schema: &Value) -> Vec<Value> {
     let properties = schema["properties"].as_object().into_iter().flatten();
     properties
         .map(|(name, schema)| {
-            json!({
-                "name": name, "in": "query", "required": is_required(name),
-                "description": schema["description"], "schema": schema,
-            })
+            let mut parameter = json!({
+                "name": name, "in": "query", "required": is_required(name), "schema": schema,
+            });
+            if schema["description"].is_string() {
+                parameter["description"] = schema["description"].clone();
+            }
+            parameter
         })
         .collect()
 }

@@ -54,6 +54,7 @@ impl Sort {
 #[derive(Debug, Clone, Copy, Default, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Query {
+    /// By what the rows are ordered, the most first.
     pub sort: Sort,
     /// Rows of each kind.
     pub limit: Option<usize>,
