@@ -251,7 +251,7 @@ fn a_full_disk_ends_service_or_the_books_as_configured() {
     const NO_MOUNT: i32 = 77;
     let dir = tempfile::tempdir().expect("a directory");
     // In a mount namespace of its own, so that nothing is left mounted whatever happens.
-    let script = format!("mount -t tmpfs -o size=9500k tmpfs \"${CHILD}\" || exit {NO_MOUNT}; exec \"$@\"");
+    let script = format!("mount -t tmpfs -o size=7m tmpfs \"${CHILD}\" || exit {NO_MOUNT}; exec \"$@\"");
     for policy in ["refuse", "serve"] {
         let output = Command::new("unshare")
             .args(["--mount", "sh", "-c", &script, "sh"])
@@ -288,8 +288,8 @@ fn child_fills_the_disk() {
     let name = "n".repeat(120);
     let config = Setup::new(fleet.url())
         .model(&name, "sim")
-        .more("prices: [{ model: sim, input: 2.5, output: 10 }]\nlimit_state: { levels: 1024 }\n")
         .workers(1, "auto")
+        .more("prices: [{ model: sim, input: 2.5, output: 10 }]\nlimit_state: { levels: 1024 }\n")
         .config()
         .replace("state\" }", &format!("state\", on_error: {policy} }}"));
     let gateway = Gateway::start_in(tempfile::tempdir_in(&disk).expect("room"), &config);

@@ -26,6 +26,9 @@ pub const UNIT_BYTES: usize = 64;
 /// Bytes of the word at the start of an append, which is stored last.
 pub const WORD_BYTES: usize = 8;
 
+/// What making a file leaves free on its disk, bytes: for the databases' journals and the small files of state.
+const DISK_RESERVE_BYTES: usize = 1024 * 1024;
+
 /// What the two ends of a mapping share.
 #[derive(Debug)]
 struct Region {
@@ -69,7 +72,10 @@ pub fn create(path: &Path, bytes: usize, head: &[u8]) -> io::Result<(File, Appen
         .create_new(true)
         .mode(0o600)
         .open(path)?;
-    match fill(&file, bytes, head).and_then(|()| map(&file, bytes)) {
+    let made = ensure_room(&file, bytes)
+        .and_then(|()| fill(&file, bytes, head))
+        .and_then(|()| map(&file, bytes));
+    match made {
         Ok(map) => {
             let region = Arc::new(Region {
                 map,
@@ -88,6 +94,22 @@ pub fn create(path: &Path, bytes: usize, head: &[u8]) -> io::Result<(File, Appen
             Err(error)
         }
     }
+}
+
+/// Fails where the disk would be full afterwards. Filling a file until there is no room would take the room of everything
+/// else for that moment: of the databases, of the state of limits.
+fn ensure_room(file: &File, bytes: usize) -> io::Result<()> {
+    // SAFETY: statvfs is plain data for which all zeroes is valid.
+    let mut figures: libc::statvfs = unsafe { std::mem::zeroed() };
+    // SAFETY: the descriptor is the file's, and the figures live over the call, which only writes them.
+    if unsafe { libc::fstatvfs(file.as_raw_fd(), &raw mut figures) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let free = figures.f_bavail.saturating_mul(figures.f_frsize);
+    if free < (bytes + DISK_RESERVE_BYTES) as u64 {
+        return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+    }
+    Ok(())
 }
 
 /// Gives the file all its blocks and its first contents, on the disk.
