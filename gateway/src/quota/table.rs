@@ -283,9 +283,10 @@ impl Table {
 
     fn try_guard(&self, bucket: usize) -> Option<Guard<'_>> {
         let flag = &self.guards[bucket];
+        // Made only where it was taken: a guard that is dropped gives back what may be another thread's.
         flag.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
             .is_ok()
-            .then_some(Guard(flag))
+            .then(|| Guard(flag))
     }
 
     #[inline]
@@ -434,5 +435,30 @@ mod tests {
         let all = keys.len();
         keys.dedup();
         assert_eq!(keys.len(), all);
+    }
+
+    #[test]
+    fn threads_that_meet_a_new_key_at_once_make_one_place() {
+        const THREADS: usize = 4;
+        const KEYS: u64 = 2_000;
+        let table = Table::in_memory(4096);
+        let start = std::sync::Barrier::new(THREADS);
+        thread::scope(|scope| {
+            for _ in 0..THREADS {
+                scope.spawn(|| {
+                    for key in 0..KEYS {
+                        start.wait();
+                        let key = (key + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                        let made = table.find_or_insert(key, LATER, || (LATER * 2, BY_WORD));
+                        assert!(made.is_ok());
+                    }
+                });
+            }
+        });
+        let mut keys: Vec<u64> = table.entries().map(|entry| entry.key).collect();
+        let places = keys.len();
+        keys.sort_unstable();
+        keys.dedup();
+        assert_eq!(places, keys.len(), "a key has two places");
     }
 }
