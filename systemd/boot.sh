@@ -91,6 +91,10 @@ boot() {
   mount -o remount,ro,bind "$r/proc/sys"
   mount -t sysfs sysfs "$r/sys"
   mount -t cgroup2 cgroup2 "$r/sys/fs/cgroup"
+  # As systemd mounts it on a host, with the folder that systemd-tmpfiles makes. Not every kernel has it.
+  if mount -t bpf -o mode=0700 bpf "$r/sys/fs/bpf" 2>/dev/null; then
+    chroot "$r" install -d -m 0700 -o gateway -g gateway /sys/fs/bpf/gateway
+  fi
   mount -t tmpfs tmpfs "$r/dev"
   mkdir "$r"/dev/{shm,pts,mqueue,hugepages}
   ln -s pts/ptmx "$r/dev/ptmx"
