@@ -285,8 +285,8 @@ impl Table {
         let flag = &self.guards[bucket];
         // Made only where it was taken: a guard that is dropped gives back what may be another thread's.
         flag.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed)
-            .is_ok()
-            .then(|| Guard(flag))
+            .ok()
+            .map(|_| Guard(flag))
     }
 
     #[inline]
