@@ -7,7 +7,7 @@ use gateway::cli;
 
 #[cfg(feature = "mimalloc")]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: gateway::net::allocator::Allocator = gateway::net::allocator::Allocator;
 
 /// An eBPF-accelerated, high-throughput gateway for LLM traffic
 #[derive(Parser)]

@@ -140,9 +140,9 @@ impl Core {
     /// Waits `time`, give or take a tick. What is over before the next tick, as most requests are, never gets to
     /// set a timer.
     pub async fn late(&self, time: Duration) {
-        let began_ns = clock::monotonic_ns();
+        let began_ns = clock::turn_ns();
         self.ticks.next().await;
-        let waited = Duration::from_nanos(clock::monotonic_ns() - began_ns);
+        let waited = Duration::from_nanos(clock::turn_ns() - began_ns);
         sleep(time.saturating_sub(waited)).await;
     }
 
@@ -251,7 +251,7 @@ impl Core {
 
     /// For how long a client is turned away; None when it is let in. In the mode `observe` it is counted and let in.
     pub fn turned_away(&self, client: Origin) -> Option<Duration> {
-        let now_ns = clock::monotonic_ns();
+        let now_ns = clock::turn_ns();
         let until_ns = self.blocked_until(client, now_ns)?;
         if self.shared.blocks.observes() {
             self.telemetry.counters().clients_would_turn_away.inc();

@@ -22,7 +22,7 @@ use crate::{
     ledger::Journal,
     net::{
         clock,
-        runtime::{self, Engine, set_gather, sleep, spawn},
+        runtime::{self, Engine, give_back, set_gather, sleep, spawn},
         tcp::{Listener, Sock, stop_listening},
     },
     serve::{connection, trust::Trust},
@@ -171,6 +171,7 @@ async fn live(core: &Rc<Core>, sockets: &[i32]) {
         set_gather(core.shared.snapshot.load().gather);
         if ticks.is_multiple_of(TICKS_PER_SWEEP) {
             core.pool.borrow_mut().sweep(now_ns);
+            give_back();
         }
         let level = core.shared.level();
         if level >= DRAIN && core.drain.level() < DRAIN {

@@ -58,6 +58,11 @@ impl Calibration {
         tokens(&self.output, text_bytes)
     }
 
+    /// Whether answers have taught nothing yet.
+    pub fn is_untaught(&self) -> bool {
+        self.output.load(Relaxed) == FIRST
+    }
+
     /// Learns from a request whose provider told its input tokens.
     pub fn learn_input(&self, body_bytes: u64, tokens: u64) {
         learn(&self.input, body_bytes, tokens);

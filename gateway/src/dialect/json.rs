@@ -122,6 +122,8 @@ enum State {
     Start,
     /// The opening brace.
     Open,
+    /// A key, behind an object's beginning that is not there.
+    Key,
     /// A comma or the closing brace.
     Behind,
     Done,
@@ -150,11 +152,25 @@ pub fn members(body: &[u8]) -> Members<'_> {
     }
 }
 
+/// Walks the members of an object of which `rest` is the end: from the quote of some key at its top on. Its text before that
+/// is not known to be valid. Offsets count from the start of `rest`.
+pub fn rest_of_members(rest: &[u8]) -> Members<'_> {
+    Members {
+        body: rest,
+        at: 0,
+        state: State::Key,
+    }
+}
+
 impl<'a> Members<'a> {
     fn advance(&mut self) -> Result<Option<Member<'a>>, JsonError> {
         let (has_opened, key_at) = match self.state {
             State::Done => return Ok(None),
             State::Behind => (true, scan::skip_blank(self.body, self.at)),
+            State::Key => {
+                scan::check_utf8(self.body)?;
+                return self.member(0).map(Some);
+            }
             State::Start | State::Open => {
                 if self.state == State::Start {
                     scan::check_utf8(self.body)?;

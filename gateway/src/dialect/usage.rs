@@ -1,6 +1,6 @@
 //! Finding the usage that a provider tells in an answer or in an event of a stream.
 
-use std::sync::LazyLock;
+use std::{cell::RefCell, sync::LazyLock};
 
 use memchr::memmem::Finder;
 use serde::Deserialize;
@@ -14,6 +14,9 @@ static NEEDLE: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usag
 
 /// What the tier stands behind.
 static TIER: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"service_tier\""));
+
+/// Usage objects are some hundred bytes; for a larger one no room is kept.
+const PARSED_BYTES_KEPT: usize = 4096;
 
 /// Usage as OpenAI-compatible servers write it: Chat Completions and embeddings name their tokens prompt and
 /// completion, the Responses API input and output. Unknown fields are passed over.
@@ -75,6 +78,37 @@ pub fn find(api: Api, json: &[u8]) -> Option<Usage> {
     if !may_have_usage(json) {
         return None;
     }
+    find_at_end(json).or_else(|| find_by_walk(api, json))
+}
+
+/// As [`find`], where the usage stands at the top and only a few members follow it, as all known servers have it: what stands
+/// before it, the answer's text, need not be walked. `None`: it is to be looked for.
+///
+/// A needle is at the top if what follows it is the rest of an object and then nothing: then one brace is open before
+/// it.
+fn find_at_end(json: &[u8]) -> Option<Usage> {
+    let at = NEEDLE.find_iter(json).last()?;
+    let mut found = None;
+    let mut tier = None;
+    for member in json::rest_of_members(&json[at..]) {
+        let member = member.ok()?;
+        match (member.key.as_ref(), member.kind) {
+            ("usage", json::Kind::Object) => found = Some(parse(member.raw())?),
+            ("service_tier", json::Kind::String) => tier = member.as_str().map(|word| Tier::of(&word)),
+            _ => {}
+        }
+    }
+    let mut usage = found?;
+    match tier {
+        Some(tier) => usage.tier = tier,
+        // It may stand before.
+        None if TIER.find(&json[..at]).is_some() => return None,
+        None => {}
+    }
+    Some(usage)
+}
+
+fn find_by_walk(api: Api, json: &[u8]) -> Option<Usage> {
     let mut found = None;
     let mut tier = None;
     for member in json::members(json) {
@@ -145,9 +179,20 @@ fn tier_in_tail(tail: &[u8]) -> Option<Tier> {
 
 /// Parses one usage object.
 fn parse(object: &[u8]) -> Option<Usage> {
-    // simd-json parses in place; a usage object is some hundred bytes, once per request.
-    let mut copy = object.to_vec();
-    let wire: Wire = simd_json::serde::from_slice(&mut copy).ok()?;
+    thread_local! {
+        /// What simd-json parses in place, and its room for what it finds.
+        static PARSER: RefCell<(Vec<u8>, simd_json::Buffers)> = RefCell::default();
+    }
+    let wire: Wire = PARSER
+        .with_borrow_mut(|(copy, buffers)| {
+            if object.len() > PARSED_BYTES_KEPT {
+                return simd_json::serde::from_slice(&mut object.to_vec());
+            }
+            copy.clear();
+            copy.extend_from_slice(object);
+            simd_json::serde::from_slice_with_buffers(copy, buffers)
+        })
+        .ok()?;
     let prompt = wire.prompt_tokens.or(wire.input_tokens);
     let completion = wire.completion_tokens.or(wire.output_tokens);
     if prompt.is_none() && completion.is_none() {
@@ -317,6 +362,42 @@ mod tests {
                 30,
                 "{more}"
             );
+        }
+    }
+
+    #[test]
+    fn the_end_is_enough_and_tells_the_same() {
+        let usage = r#""usage":{"prompt_tokens":7,"completion_tokens":11}"#;
+        let text = r#""choices":[{"message":{"content":"say \"usage\":{\"prompt_tokens\":1}}"}}]"#;
+        let parts = [
+            usage,
+            text,
+            r#""service_tier":"flex""#,
+            r#""a":{"usage":{"prompt_tokens":1},"b":[1,"}"]}"#,
+            r#""usage":{"odd":"x"}"#,
+            r#""usage":null"#,
+            r#""usage":{"prompt_tokens":2}"#,
+        ];
+        let mut told_at_end = 0;
+        // Every sequence of up to four of them.
+        for count in 1..=4_u32 {
+            for choice in 0..parts.len().pow(count) {
+                let pick = |place| parts[choice / parts.len().pow(place) % parts.len()];
+                let json = format!("{{{}}}", (0..count).map(pick).collect::<Vec<_>>().join(","));
+                let at_end = find_at_end(json.as_bytes());
+                let by_walk = find_by_walk(Api::ChatCompletions, json.as_bytes());
+                assert_eq!(find(Api::ChatCompletions, json.as_bytes()), by_walk, "{json}");
+                if at_end.is_some() {
+                    assert_eq!(at_end, by_walk, "{json}");
+                    told_at_end += 1;
+                }
+            }
+        }
+        assert!(told_at_end > 500, "{told_at_end}");
+        let common = format!(r#"{{"id":"x",{text},{usage},"service_tier":"default"}}"#);
+        assert!(find_at_end(common.as_bytes()).is_some());
+        for cut in 0..common.len() {
+            assert_eq!(find_at_end(&common.as_bytes()[..cut]), None, "{cut}");
         }
     }
 

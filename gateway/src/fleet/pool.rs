@@ -1,6 +1,10 @@
 //! One core's connections to upstreams, kept for reuse, and what the core knows of each endpoint.
 
-use std::{collections::HashMap, time::Duration};
+use std::{
+    collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
+    time::Duration,
+};
 
 use super::Endpoint;
 use crate::{
@@ -19,7 +23,29 @@ const DOWN_MAX: Duration = Duration::from_secs(30);
 /// Connections and health of all endpoints, as one core sees them.
 #[derive(Default)]
 pub struct Pool {
-    endpoints: HashMap<u64, State>,
+    endpoints: HashMap<u64, State, BuildHasherDefault<ById>>,
+}
+
+/// Hashes an endpoint's number, which nobody outside chooses: by the golden ratio (Knuth, vol. 3, 6.4).
+#[derive(Default)]
+struct ById(u64);
+
+impl Hasher for ById {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(u64::from(byte));
+        }
+    }
+
+    fn write_u64(&mut self, id: u64) {
+        let mixed = (self.0 ^ id).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // The table takes the low bits for the place and the high ones to compare.
+        self.0 = mixed ^ (mixed >> 32);
+    }
 }
 
 #[derive(Default)]
@@ -58,7 +84,7 @@ impl Pool {
         }
         state.idle.push(Idle {
             conn,
-            since_ns: clock::monotonic_ns(),
+            since_ns: clock::turn_ns(),
         });
     }
 

@@ -8,6 +8,7 @@
 //!
 //! Architecture invariant: nothing outside `net/` names io_uring or epoll.
 
+pub mod allocator;
 pub mod clock;
 pub mod conn;
 mod engine;

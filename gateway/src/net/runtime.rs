@@ -5,7 +5,7 @@ use std::{future::Future, io, task::Poll, time::Duration};
 use super::engine;
 use crate::config::schema::Driver;
 
-pub use super::engine::{Streaming, Timer, set_gather, spawn};
+pub use super::engine::{Streaming, Timer, give_back, set_gather, spawn};
 
 /// The driver that a core really uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

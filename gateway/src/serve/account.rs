@@ -288,6 +288,14 @@ impl Account {
         self.text_bytes = bytes;
     }
 
+    /// Whether this answer's text is to be looked at for [`Account::text`]: some answers teach as much as all, and to find
+    /// their text costs as much as to find their usage.
+    pub fn teaches(&self) -> bool {
+        const ONE_IN: u64 = 8;
+        let asked = self.target.as_ref();
+        asked.is_some_and(|asked| asked.calibration.is_untaught()) || self.core.chance(ONE_IN) == 0
+    }
+
     /// Sets a flag of the record.
     pub fn flag(&mut self, flag: Flags) {
         self.record.flags.set(flag);

@@ -235,7 +235,7 @@ impl Client {
         mut look: bool,
     ) -> Awaited {
         // A byte that is none of a head (a part of a TLS record) does not make the connection less idle.
-        let idle_until_ns = clock::monotonic_ns() + idle.as_nanos() as u64;
+        let idle_until_ns = clock::turn_ns() + idle.as_nanos() as u64;
         let mut deadline_ns = None;
         self.heads_in_a_row = if self.inbuf.is_empty() {
             0
@@ -266,7 +266,7 @@ impl Client {
             if self.inbuf.is_empty() {
                 // An idle connection owns no buffer.
                 self.inbuf = Vec::new();
-                let left = idle_until_ns.saturating_sub(clock::monotonic_ns());
+                let left = idle_until_ns.saturating_sub(clock::turn_ns());
                 let ends = race(core.drain.reached(DRAIN), self.seat.blocked());
                 let quiet = race(core.late(Duration::from_nanos(left)), ends);
                 match race(self.conn.readable(), quiet).await {
@@ -275,7 +275,7 @@ impl Client {
                 }
                 continue;
             }
-            let now_ns = clock::monotonic_ns();
+            let now_ns = clock::turn_ns();
             let deadline_ns = *deadline_ns.get_or_insert(now_ns + whole.as_nanos() as u64);
             let left = Duration::from_nanos(deadline_ns.saturating_sub(now_ns));
             let ends = race(core.late(left), core.drain.reached(STOP));

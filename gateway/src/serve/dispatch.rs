@@ -112,7 +112,7 @@ fn put_down_last(core: &Core, targets: &[Target], order: &mut [usize]) {
     if order.len() < 2 {
         return;
     }
-    let now_ns = clock::monotonic_ns();
+    let now_ns = clock::turn_ns();
     let pool = core.pool.borrow();
     order.sort_by_key(|&index| {
         targets[index]
@@ -134,7 +134,7 @@ fn is_rate_limit(status: u16) -> bool {
 }
 
 fn choose(core: &Core, model: &Model, target: &Target, tried: &[u64]) -> Option<Arc<Endpoint>> {
-    let now_ns = clock::monotonic_ns();
+    let now_ns = clock::turn_ns();
     let pool = core.pool.borrow();
     route::endpoint(
         &target.provider.endpoints,
@@ -188,7 +188,7 @@ fn note(core: &Core, endpoint: &Endpoint, result: Result<Upstream, Failed>) -> R
     let mut pool = core.pool.borrow_mut();
     match &result {
         Ok(_) => pool.reached(endpoint.id),
-        Err(Failed::Unreachable | Failed::Broken) => pool.unreachable(endpoint.id, clock::monotonic_ns()),
+        Err(Failed::Unreachable | Failed::Broken) => pool.unreachable(endpoint.id, clock::turn_ns()),
         Err(Failed::TimedOut) => {}
     }
     drop(pool);

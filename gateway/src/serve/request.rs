@@ -234,7 +234,7 @@ fn begin(client: &Client, core: &Rc<Core>) -> Request {
     let anthropic = head.field(&client.inbuf, "anthropic-version").is_some();
     Request {
         id,
-        started_ns: clock::monotonic_ns(),
+        started_ns: clock::turn_ns(),
         snapshot: core.snapshot(),
         dialect: if anthropic {
             Dialect::Anthropic
@@ -649,7 +649,7 @@ fn log_refusal(client: &Client, core: &Rc<Core>, request: &Request, error: &Erro
         status: error.status(),
         outcome: "refused",
         error: Some(error.code()),
-        duration_us: (clock::monotonic_ns() - request.started_ns) / 1000,
+        duration_us: (clock::turn_ns() - request.started_ns) / 1000,
         ..AccessEntry::default()
     });
 }

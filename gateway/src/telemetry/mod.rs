@@ -93,7 +93,7 @@ impl CoreTelemetry {
 
     /// Notes what a client did.
     pub fn client(&self, client: IpAddr, event: clients::Event) {
-        let now_ms = clock::monotonic_ns() / 1_000_000;
+        let now_ms = clock::turn_ns() / 1_000_000;
         self.shared.clients.note(client, event, now_ms);
     }
 

@@ -17,9 +17,9 @@ pub(super) fn decode_lossy(raw: &[u8]) -> Cow<'_, str> {
 /// The decoded text, and whether nothing had to be replaced.
 fn decode_parts(raw: &[u8]) -> (Cow<'_, str>, bool) {
     let Some(first) = memchr::memchr(b'\\', raw) else {
-        return match String::from_utf8_lossy(raw) {
-            Cow::Borrowed(text) => (Cow::Borrowed(text), true),
-            Cow::Owned(text) => (Cow::Owned(text), false),
+        return match std::str::from_utf8(raw) {
+            Ok(text) => (Cow::Borrowed(text), true),
+            Err(_) => (Cow::Owned(String::from_utf8_lossy(raw).into_owned()), false),
         };
     };
     let mut text = String::with_capacity(raw.len());

@@ -8,7 +8,7 @@ use std::{
 };
 
 use io_uring::{Submitter, types::BufRingEntry};
-use memmap2::MmapMut;
+use memmap2::{MmapMut, UncheckedAdvice};
 
 /// Bytes of one buffer, and so of one receive at most. A streamed event is some 250 bytes; a flooding upstream fills them.
 pub const BUFFER_BYTES: usize = 16 * 1024;
@@ -31,7 +31,7 @@ pub struct Buffers {
     bytes: *mut u8,
     /// The ring of entries, shared with the kernel.
     entries: *mut BufRingEntry,
-    _mapped: [MmapMut; 2],
+    mapped: [MmapMut; 2],
     /// Entries written; published with [`Buffers::publish`].
     tail: u16,
     published: u16,
@@ -49,7 +49,7 @@ impl Buffers {
         let mut buffers = Buffers {
             bytes: bytes.as_mut_ptr(),
             entries: entries.as_mut_ptr().cast(),
-            _mapped: [bytes, entries],
+            mapped: [bytes, entries],
             tail: 0,
             published: 0,
             in_use: 0,
@@ -69,9 +69,24 @@ impl Buffers {
         from < self.in_use
     }
 
+    /// Whether more are handed out than at first.
+    pub fn has_grown(&self) -> bool {
+        self.in_use > BUFFERS_STEP
+    }
+
     /// Buffers handed out so far.
     pub fn in_use(&self) -> usize {
         self.in_use.into()
+    }
+
+    /// Gives the memory of all buffers back to the system, though not the buffers: the kernel writes to them anew when it
+    /// needs them. To be called while every buffer handed out is the kernel's to use, on the ring's own thread and not
+    /// within a system call of it: then (`DEFER_TASKRUN`) nothing is being received.
+    pub fn release_memory(&mut self) {
+        let [bytes, _] = &self.mapped;
+        // SAFETY: nobody relies on what the buffers hold: no slice of them is borrowed, by `&mut self`, and none is owned by a
+        // reader or used by the kernel, by the caller. Errors: it stays resident.
+        let _ = unsafe { bytes.unchecked_advise(UncheckedAdvice::DontNeed) };
     }
 
     /// Gives a buffer back to the kernel; it learns of it with the next [`Buffers::publish`].

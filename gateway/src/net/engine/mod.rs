@@ -24,7 +24,7 @@ use std::{
 };
 
 use self::{epoll::Epoll, ring::Ring, timers::Timers};
-use super::clock;
+use super::{allocator, clock};
 
 pub use self::ring::probe;
 
@@ -81,6 +81,7 @@ pub fn run<F: Future>(kind: Kind, main: F) -> io::Result<F::Output> {
         Kind::Ring => Driver::Ring(Box::new(Ring::new()?)),
         Kind::Epoll => Driver::Epoll(Epoll::new()?),
     };
+    clock::set_turn(clock::monotonic_ns());
     LOCAL.with(|local| {
         local.era.set(local.era.get() + 1);
         *local.driver.borrow_mut() = Some(driver);
@@ -112,6 +113,7 @@ impl Drop for End {
     fn drop(&mut self) {
         // Tasks close their sockets with the driver's help.
         tasks::with(tasks::Tasks::clear);
+        clock::set_turn(0);
         let driver = LOCAL.with(|local| local.driver.borrow_mut().take());
         if let Some(Driver::Ring(ring)) = driver {
             ring.end(END_TIME);
@@ -129,9 +131,8 @@ fn park(local: &Local) {
     if !any_ready() {
         wait = WAIT_MAX;
         if let Some(next_ns) = local.timers.borrow().next_ns() {
-            wait = wait.min(Duration::from_nanos(
-                next_ns.saturating_sub(clock::monotonic_ns()),
-            ));
+            let now_ns = clock::monotonic_ns();
+            wait = wait.min(Duration::from_nanos(next_ns.saturating_sub(now_ns)));
         }
     }
     let gather = if local.streams.get() > 0 {
@@ -144,10 +145,8 @@ fn park(local: &Local) {
         Some(Driver::Epoll(epoll)) => epoll.park(wait),
         None => {}
     }
-    if local.timers.borrow().next_ns().is_none() {
-        return;
-    }
     let now_ns = clock::monotonic_ns();
+    clock::set_turn(now_ns);
     loop {
         let waker = local.timers.borrow_mut().fire(now_ns);
         match waker {
@@ -165,6 +164,16 @@ pub fn spawn(task: impl Future<Output = ()> + 'static) {
 /// How long events may be gathered while streams run; zero: not at all. Epoll never does.
 pub fn set_gather(time: Duration) {
     LOCAL.with(|local| local.gather.set(time));
+}
+
+/// To be called every few seconds: gives back what a burst has left behind.
+pub fn give_back() {
+    LOCAL.with(|local| {
+        if let Some(Driver::Ring(ring)) = local.driver.borrow_mut().as_mut() {
+            ring.give_back();
+        }
+    });
+    allocator::give_back();
 }
 
 /// A stream runs while this is held: events may be gathered.
@@ -212,7 +221,7 @@ impl Timer {
             match self.id {
                 Some(id) if timers.has_fired(id, cx.waker()) => Poll::Ready(()),
                 Some(_) => Poll::Pending,
-                None if clock::monotonic_ns() >= self.deadline_ns => Poll::Ready(()),
+                None if clock::turn_ns() >= self.deadline_ns => Poll::Ready(()),
                 None => {
                     self.id = Some(timers.add(self.deadline_ns, cx.waker().clone()));
                     Poll::Pending

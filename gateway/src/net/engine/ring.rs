@@ -65,6 +65,10 @@ pub struct Ring {
     /// Sockets that nobody owns and that are not closed yet.
     closing: u32,
     swept_ns: u64,
+    /// Receives since [`Ring::give_back`] was last called.
+    receives: usize,
+    /// The buffers' memory is to be given back at the turn's end.
+    releases: bool,
     spare: Spare,
     can_gather: bool,
 }
@@ -78,6 +82,12 @@ impl Ring {
     /// Sets a ring up for this thread.
     pub fn new() -> io::Result<Ring> {
         Ring::with_entries(ENTRIES)
+    }
+
+    /// To be called every few seconds: gives the buffers' memory back if a burst has made more of them than were needed since.
+    pub fn give_back(&mut self) {
+        self.releases = self.buffers.in_use() > self.receives && self.buffers.has_grown();
+        self.receives = 0;
     }
 
     fn with_entries(entries: u32) -> io::Result<Ring> {
@@ -100,6 +110,8 @@ impl Ring {
             dirty: Vec::new(),
             due: Vec::new(),
             closing: 0,
+            receives: 0,
+            releases: false,
             swept_ns: 0,
             spare: Spare::default(),
             can_gather,

@@ -5,6 +5,7 @@
 
 use std::{
     hash::{BuildHasher, RandomState},
+    net::IpAddr,
     sync::atomic::{AtomicU64, Ordering},
 };
 
@@ -68,7 +69,18 @@ impl Default for Refusals {
 
 impl Refusals {
     fn slot(&self, client: Origin, prefixes: Prefixes) -> (&AtomicU64, u64) {
-        let hash = self.hasher.hash_one((prefixes.net(client.ip), client.via));
+        // One write, since a hash costs by the number of them.
+        let mut bytes = [0; 19];
+        let net = prefixes.net(client.ip);
+        let (family, bits) = match net.network() {
+            IpAddr::V4(ip) => (4, ip.to_ipv6_mapped().to_bits()),
+            IpAddr::V6(ip) => (6, ip.to_bits()),
+        };
+        bytes[..16].copy_from_slice(&bits.to_le_bytes());
+        bytes[16] = family;
+        bytes[17] = net.prefix_len();
+        bytes[18] = client.via as u8;
+        let hash = self.hasher.hash_one(&bytes[..]);
         // The tag is never 0, which is an empty slot's.
         (&self.slots[hash as usize % REFUSAL_SLOTS], (hash >> 40) | 1)
     }
@@ -138,7 +150,7 @@ impl Refusals {
 
 #[cfg(test)]
 mod tests {
-    use std::{net::IpAddr, time::Duration};
+    use std::time::Duration;
 
     use super::*;
 

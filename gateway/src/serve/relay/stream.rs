@@ -111,7 +111,7 @@ impl Stream {
             left_over: false,
             drains: false,
             cut_mid_event: false,
-            last_ns: clock::monotonic_ns(),
+            last_ns: clock::turn_ns(),
             last_event_ns: 0,
         }
     }
@@ -209,6 +209,9 @@ impl Stream {
         self.terms.head = head;
         let received = std::mem::take(&mut self.upstream.received);
         self.unsent = answer::relayed(&self.upstream.head, &received, framing, &self.terms.report, head);
+        if let Ok(conn) = self.upstream.conn() {
+            conn.sock().acknowledge_less();
+        }
         // Where the fields of both heads stand is of no use any more, and the stream may run for minutes.
         self.upstream.head.fields = Vec::new();
         client.head.fields = Vec::new();
@@ -436,14 +439,14 @@ impl Stream {
         let unsent = std::mem::take(&mut self.unsent);
         let stall = client.stall;
         // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.
-        let used_ns = clock::monotonic_ns() - self.account.started_ns();
+        let used_ns = clock::turn_ns() - self.account.started_ns();
         let core = self.core.clone();
         let total = core.late(left(self.terms.timeouts.total, used_ns));
         let others = race(ends.as_mut(), total);
         match race(client.conn.write_all(&unsent, stall), others).await {
             Either::First(result) => {
                 // A slow reader's time is not the upstream's silence.
-                self.last_ns = clock::monotonic_ns();
+                self.last_ns = clock::turn_ns();
                 result.is_ok()
             }
             Either::Second(end) => {
@@ -461,7 +464,7 @@ impl Stream {
         if !any {
             return;
         }
-        let now_ns = clock::monotonic_ns();
+        let now_ns = clock::turn_ns();
         self.last_ns = now_ns;
         if events == 0 {
             return;
@@ -479,11 +482,11 @@ impl Stream {
 
     /// The longest that may be waited now: for the first event, for the next, or for the end.
     fn patience(&self) -> Duration {
-        let now_ns = clock::monotonic_ns();
+        let now_ns = clock::turn_ns();
         let silence = match self.last_event_ns {
             0 => left(
                 self.terms.timeouts.first_token,
-                now_ns - self.account.dispatched_ns(),
+                now_ns.saturating_sub(self.account.dispatched_ns()),
             ),
             _ => left(self.terms.timeouts.idle, now_ns - self.last_ns),
         };
@@ -494,7 +497,7 @@ impl Stream {
     }
 
     fn overdue(&self) -> Option<Failure> {
-        let now_ns = clock::monotonic_ns();
+        let now_ns = clock::turn_ns();
         if left(self.terms.timeouts.total, now_ns - self.account.started_ns()).is_zero() {
             return Some(Failure::Total);
         }

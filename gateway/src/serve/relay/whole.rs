@@ -84,7 +84,7 @@ pub async fn run(
         }
         Err(Ended::ClientGone) => return client_gone(account),
     }
-    account.first_byte(clock::monotonic_ns());
+    account.first_byte(clock::turn_ns());
     if !body.done {
         let long = relay_long(client, core, upstream, account, terms, &head_bytes, body);
         return Box::pin(long).await;
@@ -144,7 +144,7 @@ async fn collect(
     terms: &Terms,
     bytes_max: usize,
 ) -> Result<(), Ended> {
-    let time = left(terms.timeouts.total, clock::monotonic_ns() - account.started_ns());
+    let time = left(terms.timeouts.total, clock::turn_ns() - account.started_ns());
     let bodies_max = core.shared.snapshot.load().http.bodies_bytes_max;
     let receive = async {
         while !body.done && body.has_room(bytes_max, bodies_max) {
@@ -196,7 +196,7 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, text: &[u8],
     if status == 200 {
         account.finish(finish_of(&text[text.len().saturating_sub(TAIL_BYTES)..]));
         // Only a part of a long answer was kept.
-        if text.len() == body_bytes && text.len() <= TAIL_BYTES {
+        if text.len() == body_bytes && text.len() <= TAIL_BYTES && account.teaches() {
             account.text(text_bytes(account.api(), text) as u64);
         }
     }
@@ -277,7 +277,7 @@ async fn relay_long(
             );
         }
         core.telemetry.counters().bytes_to_clients.add(out.len() as u64);
-        let used_ns = clock::monotonic_ns() - account.started_ns();
+        let used_ns = clock::turn_ns() - account.started_ns();
         let ends = race(
             Ends::new(core, &terms.life, &client.seat),
             core.late(left(terms.timeouts.total, used_ns)),

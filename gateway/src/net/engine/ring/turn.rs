@@ -37,7 +37,7 @@ impl Ring {
     /// Hands the turn's requests to the kernel and waits, at most `time`, until there is something to do; not at all where
     /// `time` is zero. `gather`: how long events may be collected before the first is acted on.
     pub fn park(&mut self, time: Duration, gather: Duration) {
-        let deadline_ns = clock::monotonic_ns() + time.as_nanos() as u64;
+        let mut deadline_ns = None;
         let mut left = time;
         loop {
             if self.end_turn() && !left.is_zero() {
@@ -48,10 +48,14 @@ impl Ring {
                 }
                 continue;
             }
+            if deadline_ns.is_none() && !left.is_zero() {
+                deadline_ns = Some(clock::monotonic_ns() + time.as_nanos() as u64);
+            }
             self.enter(left, gather);
             if self.reap() || left.is_zero() {
                 break;
             }
+            let deadline_ns = deadline_ns.unwrap_or_default();
             left = Duration::from_nanos(deadline_ns.saturating_sub(clock::monotonic_ns()));
             if left.is_zero() {
                 break;
@@ -81,6 +85,10 @@ impl Ring {
             self.receive(index);
         }
         self.due = due;
+        if std::mem::take(&mut self.releases) {
+            // What was received has been copied out above: no buffer is held.
+            self.buffers.release_memory();
+        }
         self.buffers.publish();
         any
     }
@@ -220,6 +228,7 @@ impl Ring {
     fn received(&mut self, index: u32, result: i32, flags: u32) -> bool {
         let slot = &mut self.slots[index as usize];
         let ended = !cqueue::more(flags);
+        self.receives += 1;
         if let Some(number) = cqueue::buffer_select(flags) {
             if result > 0 && !slot.closing {
                 self.links.push(&mut slot.received, number, result as u32);
