@@ -7,16 +7,19 @@ use std::sync::Arc;
 use super::{
     lease::{Kind, LeaseStanding, Leased},
     leases::Directory,
-    levels::{Moment, Query, Refused},
+    levels::{Moment, Query, Refused, Shelf},
     window::{Standing, Window},
 };
-use crate::net::clock;
+use crate::{
+    bounds::{LEASED_GUESTS_MAX, LEASED_LEVELS_MAX, LEASED_OVERFLOWS_MAX},
+    net::clock,
+};
 
 /// Units that were taken from a lease.
 #[derive(Debug, Clone)]
 pub struct Lease {
     level: Arc<Leased>,
-    /// When time alone will have given a bucket's units back.
+    /// When time alone may have given a bucket's units back.
     until_ns: u64,
 }
 
@@ -39,7 +42,7 @@ pub fn reserve(
         })?,
         false => level.take_anyway(units, now_ns),
     };
-    let until_ns = now_ns + standing.reset_ns;
+    let until_ns = standing.until_ns;
     Ok((Lease { level, until_ns }, of(&standing)))
 }
 
@@ -72,10 +75,15 @@ fn find_or_make(
     now_ns: u64,
 ) -> Result<Arc<Leased>, Refused> {
     let kind = kind(query.window, now);
-    directory
-        .level(query.id, kind, query.amount, now_ns)
-        // Subjects that find no place share one, as they do on the host's own shelves.
-        .or_else(|_| directory.level(query.overflow_id, kind, query.amount, now_ns))
+    let most = match query.shelf {
+        Shelf::Guests | Shelf::Parallel => LEASED_GUESTS_MAX,
+        _ => LEASED_LEVELS_MAX,
+    };
+    let level = |most, id| directory.level_within(most, id, kind, query.amount, now_ns);
+    // Subjects that find no place share one, as they do on the host's own shelves. That one has a place of its own: there
+    // are as many as policies.
+    level(most, query.id)
+        .or_else(|_| level(LEASED_LEVELS_MAX + LEASED_OVERFLOWS_MAX, query.overflow_id))
         .map_err(|_| Refused::Full)
 }
 
@@ -83,9 +91,13 @@ fn kind(window: &Window, now: Moment) -> Kind {
     match window {
         Window::Bucket { ns } => Kind::Bucket { window_ns: *ns },
         Window::Sliding { ns } => Kind::Sliding { window_ns: *ns },
-        Window::Calendar(calendar) => Kind::Period {
-            end_unix_ms: calendar.period(now.unix_ms).end_ms,
-        },
+        Window::Calendar(calendar) => {
+            let period = calendar.period(now.unix_ms);
+            Kind::Period {
+                end_unix_ms: period.end_ms,
+                length_ms: period.end_ms - period.start_ms,
+            }
+        }
         Window::Never => Kind::Credit,
         Window::Parallel => Kind::Parallel,
     }
