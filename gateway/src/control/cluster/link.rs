@@ -231,10 +231,7 @@ impl Link {
             }
         }
         match trouble {
-            // None of many is no matter of a level: the store has no memory left, or is somebody's replica.
-            Some(trouble)
-                if answers.iter().all(Option::is_none) && (reports.len() > 1 || is_ill(&trouble)) =>
-            {
+            Some(trouble) if answers.iter().all(Option::is_none) && is_ill(&trouble) => {
                 anyhow::bail!(trouble)
             }
             trouble => Ok(Heard {

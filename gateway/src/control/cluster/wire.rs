@@ -68,7 +68,14 @@ fn kept_ms(window_ns: u64) -> u64 {
 
 /// Whether a level's trouble is the whole server's: no memory, a replica, no persistence, no rights.
 pub(super) fn is_ill(trouble: &str) -> bool {
-    const ILL: [&str; 5] = ["OOM", "READONLY", "MISCONF", "NOREPLICAS", "NOPERM"];
+    const ILL: [&str; 6] = [
+        "OOM",
+        "READONLY",
+        "MISCONF",
+        "NOREPLICAS",
+        "NOPERM",
+        "The user executing the script",
+    ];
     ILL.iter().any(|kind| trouble.contains(kind))
 }
 
