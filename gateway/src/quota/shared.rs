@@ -125,3 +125,56 @@ fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
         ..of(refused)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made-up users fill their part of the directory; then they share a level, and keys still have their own.
+    #[test]
+    fn a_flood_of_guests_leaves_room_for_others() {
+        let directory = Directory::default();
+        directory.set_opening(100, u64::MAX / 2);
+        let now = Moment {
+            steady_ns: 0,
+            unix_ms: 0,
+        };
+        let window = Window::Never;
+        let ask = |id, shelf| {
+            let query = Query {
+                window: &window,
+                amount: 10,
+                id,
+                overflow_id: 1,
+                shelf,
+                hard: true,
+                note_held: false,
+            };
+            reserve(&directory, &query, 4, now).map(drop)
+        };
+        let guests = LEASED_GUESTS_MAX as u64;
+        for user in 0..guests {
+            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+        }
+        for user in guests..guests + 2 {
+            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+        }
+        let refused = ask(1_000 + guests + 2, Shelf::Guests);
+        assert!(
+            matches!(refused, Err(Refused::Exhausted(_))),
+            "ten units for all of them"
+        );
+        for key in 0..100 {
+            assert_eq!(ask(1_000_000 + key, Shelf::Own), Ok(()));
+        }
+        assert_eq!(directory.len(), LEASED_GUESTS_MAX + 101);
+        let own = LEASED_LEVELS_MAX as u64;
+        for key in 100..own {
+            let _ = ask(1_000_000 + key, Shelf::Own);
+        }
+        assert!(
+            matches!(ask(5_000_000, Shelf::Own), Err(Refused::Exhausted(_))),
+            "not: no place"
+        );
+    }
+}
