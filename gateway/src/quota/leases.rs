@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -17,7 +18,26 @@ use arc_swap::ArcSwap;
 use super::lease::{Kind, Leased, Opening};
 use crate::bounds::{LEASED_LEVELS_MAX, LEASED_SHARDS};
 
-type Shard = HashMap<u64, Arc<Leased>>;
+type Shard = HashMap<u64, Arc<Leased>, BuildHasherDefault<Identity>>;
+
+/// Identities are hashes already.
+#[derive(Debug, Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write_u64(&mut self, identity: u64) {
+        // The low bits chose the shard.
+        self.0 = identity.rotate_left(32);
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+}
 
 /// See the module.
 #[derive(Debug)]

@@ -23,7 +23,8 @@ pub struct Lease {
     until_ns: u64,
 }
 
-/// Takes `units` from this host's lease at once or not at all; a rule that only counts always takes.
+/// Takes `units` from this host's lease at once or not at all; a rule that only counts always takes. `now_ns` is the same
+/// moment by the monotonic clock.
 ///
 /// # Errors
 /// The lease does not suffice, or has run out; or there is no place for another level.
@@ -32,8 +33,8 @@ pub fn reserve(
     query: &Query<'_>,
     units: u64,
     now: Moment,
+    now_ns: u64,
 ) -> Result<(Lease, Standing), Refused> {
-    let now_ns = clock::monotonic_ns();
     let level = find_or_make(directory, query, now, now_ns)?;
     let standing = match query.hard {
         true => level.reserve(units, now_ns).map_err(|refused| {
@@ -46,11 +47,17 @@ pub fn reserve(
     Ok((Lease { level, until_ns }, of(&standing)))
 }
 
-/// Trues up what was taken from a lease: `used` of the `reserved` units.
-pub fn settle(lease: &Lease, reserved: u64, used: u64) {
+/// Trues up what was taken from a lease: `used` of the `reserved` units. `now_ns` by the monotonic clock.
+pub fn settle(lease: &Lease, reserved: u64, used: u64, now_ns: u64) {
+    lease.level.settle(reserved, used, lease.until_ns, now_ns);
+}
+
+/// What was taken from a lease is used for good.
+pub fn keep(lease: &Lease, reserved: u64) {
+    // Nothing comes back, so no time is looked at.
     lease
         .level
-        .settle(reserved, used, lease.until_ns, clock::monotonic_ns());
+        .settle(reserved, reserved, lease.until_ns, lease.until_ns);
 }
 
 /// Takes what was used beyond a reservation, although there may be no room: it is debt.
@@ -150,7 +157,7 @@ mod tests {
                 hard: true,
                 note_held: false,
             };
-            reserve(&directory, &query, 4, now).map(drop)
+            reserve(&directory, &query, 4, now, 0).map(drop)
         };
         let guests = LEASED_GUESTS_MAX as u64;
         for user in 0..guests {

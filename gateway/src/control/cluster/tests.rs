@@ -84,6 +84,7 @@ impl World {
             ns: self.now_ns,
             unix_ms: self.now_ns / MS,
             lease_ns: LEASE_NS,
+            defer_ns: 0,
         }
     }
 

@@ -69,6 +69,8 @@ pub struct Now {
     pub unix_ms: u64,
     /// How long the store keeps a silent host's lease.
     pub lease_ns: u64,
+    /// How long what was used may wait to be told while the lease lasts: many levels are told in turns.
+    pub defer_ns: u64,
 }
 
 impl Tracker {
@@ -140,6 +142,8 @@ impl Tracker {
         let renew = kept > 0 && now.ns.saturating_sub(self.reported_ns) >= now.lease_ns / 3;
         let changed =
             self.reported != Some((look.spent, kept, look.held)) || (self.local.is_some() && !locally);
+        let waited = self.reported.is_none() || now.ns.saturating_sub(self.reported_ns) >= now.defer_ns;
+        let changed = changed && waited;
         let hungry = look.wanted > 0 || (self.is_active(now) && wanted > 0 && spare < target / 2 + 1);
         if !(renew || changed || hungry) {
             self.doze(now, kept);
