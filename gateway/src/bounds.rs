@@ -98,6 +98,13 @@ pub const POOL_IDLE_MAX: usize = 256;
 /// looks at all of them in each round, some 2 ms.
 pub const LEASED_LEVELS_MAX: usize = 65_536;
 
+/// So many of them may exist before subjects that clients choose (users, addresses) get none of their own: a flood of
+/// such leaves room for keys and teams.
+pub const LEASED_GUESTS_MAX: usize = LEASED_LEVELS_MAX / 4 * 3;
+
+/// Levels beyond them on which subjects without a place are counted together, one for each policy.
+pub const LEASED_OVERFLOWS_MAX: usize = 4_096;
+
 /// Maps that they are kept in: adding one copies 64 entries at most on average.
 pub const LEASED_SHARDS: usize = 1_024;
 

@@ -1,169 +1,32 @@
 //! Several hosts on one real Redis or Valkey: what they lease, what happens when the store or a host is gone. The hosts
 //! here are the control task and the levels alone; `cluster_hosts.rs` runs whole gateways.
 
+#[path = "support/hosts.rs"]
+mod hosts;
 mod support;
 
 use std::{
     cell::Cell,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
-    },
-    thread::{self, JoinHandle},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+    thread,
     time::{Duration, Instant},
 };
 
 use gateway::{
-    config::{self, schema::Store},
     control::cluster::{
-        Cluster, Node, Status,
+        Status,
         level::{Level, Report, Times},
         link::Address,
     },
     net::clock,
-    quota::{lease::Kind, leases::Directory},
+    quota::lease::Kind,
 };
+use hosts::{Host, at, exhaust, store};
 use ipnet::IpNet;
 use support::{
     eventually,
     redis::{Redis, free_port, servers},
 };
-use tokio::sync::oneshot;
-
-/// What a gateway sees of other hosts' blocks.
-#[derive(Default)]
-struct Seen(Mutex<Vec<(IpNet, Option<Duration>)>>);
-
-impl Node for Seen {
-    fn block_from_peer(&self, client: IpNet, hold: Duration) {
-        self.0
-            .lock()
-            .expect("no panic while locked")
-            .push((client, Some(hold)));
-    }
-    fn unblock_from_peer(&self, client: IpNet) {
-        self.0.lock().expect("no panic while locked").push((client, None));
-    }
-}
-
-/// A host: its levels, and the control task on a thread of its own.
-struct Host {
-    cluster: Arc<Cluster>,
-    seen: Arc<Seen>,
-    stop: Option<oneshot::Sender<bool>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Host {
-    fn start(store: &Store) -> Host {
-        gateway::net::tls::init();
-        let cluster = Cluster::new(store, Arc::new(Directory::default())).expect("a host");
-        let seen = Arc::new(Seen::default());
-        let (stop, stopped) = oneshot::channel();
-        let (task, node) = (cluster.clone(), seen.clone());
-        let thread = thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-            runtime.expect("a runtime").block_on(async move {
-                let tasks = task.start(node, None);
-                if stopped.await.unwrap_or(false) {
-                    tasks.end(Duration::from_secs(5)).await;
-                }
-            });
-        });
-        Host {
-            cluster,
-            seen,
-            stop: Some(stop),
-            thread: Some(thread),
-        }
-    }
-
-    fn connected(store: &Store) -> Host {
-        let host = Host::start(store);
-        host.await_status("a connection", Status::is_connected);
-        host
-    }
-
-    fn await_status(&self, what: &str, check: impl Fn(&Status) -> bool) {
-        eventually(&format!("{what}: {:?}", self.cluster.status()), || {
-            check(&self.cluster.status()).then_some(())
-        });
-    }
-
-    /// Uses units of a level; false: refused.
-    fn uses(&self, id: u64, kind: Kind, amount: u64, units: u64) -> bool {
-        let now_ns = clock::monotonic_ns();
-        let level = self
-            .cluster
-            .directory()
-            .level(id, kind, amount, now_ns)
-            .expect("room");
-        let Ok(standing) = level.reserve(units, now_ns) else {
-            return false;
-        };
-        level.settle(units, units, now_ns + standing.reset_ns, now_ns);
-        true
-    }
-
-    /// Ends the task; `gracefully`: after the leases were given back. Otherwise as a killed process would.
-    fn end(mut self, gracefully: bool) {
-        self.finish(gracefully);
-    }
-
-    fn finish(&mut self, gracefully: bool) {
-        if let (Some(stop), Some(thread)) = (self.stop.take(), self.thread.take()) {
-            let _ = stop.send(gracefully);
-            thread.join().expect("the host's thread");
-        }
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        self.finish(false);
-    }
-}
-
-/// The section `store` with these lines.
-fn store(lines: &str) -> Store {
-    let text = format!(
-        "listeners: [{{ address: 127.0.0.1:0 }}]\nproviders: {{ sim: {{ kind: openai }} }}\n\
-         models: [{{ name: m, targets: [{{ provider: sim }}] }}]\nkeys: []\nstore:\n{lines}"
-    );
-    let config = config::parse(&text, "test", std::path::Path::new("/"), &|_| None);
-    config.expect("a configuration").store.expect("a store")
-}
-
-fn at(redis: &Redis, more: &str) -> Store {
-    store(&format!(
-        "  redis: {}\n  lease: 1s\n  round: 20ms\n{more}",
-        redis.url()
-    ))
-}
-
-/// Lets hosts use one level until all are refused for a while; what they used.
-fn exhaust(hosts: &[Host], id: u64, kind: Kind, amount: u64, units: u64) -> u64 {
-    let used = AtomicU64::new(0);
-    thread::scope(|scope| {
-        for host in hosts {
-            for _ in 0..4 {
-                let used = &used;
-                scope.spawn(move || {
-                    let mut refused_since = Instant::now();
-                    while refused_since.elapsed() < Duration::from_secs(2) {
-                        if host.uses(id, kind, amount, units) {
-                            used.fetch_add(units, SeqCst);
-                            refused_since = Instant::now();
-                        } else {
-                            thread::sleep(Duration::from_millis(2));
-                        }
-                    }
-                });
-            }
-        }
-    });
-    used.into_inner()
-}
 
 #[test]
 fn three_hosts_use_one_amount() {
@@ -469,7 +332,7 @@ fn the_script_and_the_model_agree() {
         let link = runtime.block_on(address.connect()).expect("a connection");
         // Long enough that no lease runs out and no unit is earned back during the test.
         let times = Times {
-            lease_us: 600_000_000,
+            lease_us: 60_000_000,
             keep_us: 3_600_000_000,
         };
         let month_ns = 30 * 86_400 * 1_000_000_000;
@@ -480,6 +343,7 @@ fn the_script_and_the_model_agree() {
             Kind::Bucket { window_ns: month_ns },
             Kind::Period {
                 end_unix_ms: clock::unix_ms() + 86_400_000,
+                length_ms: 86_400_000,
             },
         ];
         let mut random = 1_u64;
@@ -513,13 +377,14 @@ fn the_script_and_the_model_agree() {
                     kept: below(50),
                     wanted: below(300),
                     needed: below(60),
+                    held: below(30),
                 };
                 let now_us = clock::unix_ms() * 1_000;
                 let expected = model.report(&report, times, now_us);
-                let answers = runtime
-                    .block_on(link.exchange(std::slice::from_ref(&report), times))
+                let heard = runtime
+                    .block_on(link.report(0, std::slice::from_ref(&report), times))
                     .expect("an answer");
-                let answer = answers[0].expect("an answer");
+                let answer = heard.answers[0].expect("an answer");
                 birth = if birth == 0 { answer.birth } else { birth };
                 assert_eq!(answer.accepted, expected.accepted, "{report:?}");
                 assert_eq!(answer.hosts, expected.hosts, "{report:?}");
@@ -535,6 +400,10 @@ fn the_script_and_the_model_agree() {
                 );
                 assert!(
                     near(answer.used, expected.used),
+                    "{report:?} {answer:?} {expected:?}"
+                );
+                assert!(
+                    answer.settled_us.abs_diff(expected.settled_us) <= month_ns / 1_000 / 3_000,
                     "{report:?} {answer:?} {expected:?}"
                 );
             }

@@ -31,8 +31,8 @@ pub enum Kind {
     /// Each unit a window after it was used, rounded up to a sixteenth of the window.
     Sliding { window_ns: u64 },
     /// All at the period's end, but for what was used beyond the amount. Each period has a `Leased` of its own, and the
-    /// store one level for all of them.
-    Period { end_unix_ms: u64 },
+    /// store one level for all of them, which it keeps for some more lengths of a period.
+    Period { end_unix_ms: u64, length_ms: u64 },
     /// Never: prepaid credit.
     Credit,
     /// Nothing is used, only held: parallel requests.
@@ -57,6 +57,10 @@ pub struct Leased {
     amount: AtomicU64,
     taken: AtomicU64,
     spent: AtomicU64,
+    /// Of a bucket: what all requests reserved, and what those of them that have ended had reserved. Between the two is
+    /// what counts in `spent` and may come back.
+    reserved: AtomicU64,
+    released: AtomicU64,
     allowance: AtomicU64,
     valid_until_ns: AtomicU64,
     /// A grant has replaced the opening.
@@ -74,6 +78,8 @@ pub struct Leased {
     used: AtomicU64,
     /// When the level will be unused (bucket) or begins anew, as the store last said; monotonic nanoseconds.
     reset_at_ns: AtomicU64,
+    /// When time will have given back what was used of a bucket for good, as the store last said; monotonic nanoseconds.
+    settled_at_ns: AtomicU64,
 }
 
 /// How the level stands, as far as this host knows.
@@ -85,6 +91,9 @@ pub struct LeaseStanding {
     pub spare: u64,
     /// Until nothing of it is used any more, nanoseconds.
     pub reset_ns: u64,
+    /// The earliest moment by which time alone may have given back what was taken, monotonic nanoseconds: for
+    /// [`Leased::settle`].
+    pub until_ns: u64,
     /// Until asking again makes sense, nanoseconds; 0 when it was granted.
     pub retry_after_ns: u64,
     /// Refused because the lease has run out: the store is out of reach, whatever is left.
@@ -98,6 +107,8 @@ pub struct Look {
     pub taken: u64,
     /// Used; cumulative, less what buckets were given back.
     pub spent: u64,
+    /// Of a bucket: what of `spent` may come back, or a little more.
+    pub held: u64,
     /// How far `taken` may go.
     pub allowance: u64,
     /// The largest request refused since the last look; 0: none. It is the signal of hunger.
@@ -107,7 +118,7 @@ pub struct Look {
 }
 
 /// A lease as the control thread has it from the store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Grant {
     /// How far `taken` may go; cumulative.
     pub allowance: u64,
@@ -119,6 +130,8 @@ pub struct Grant {
     pub used: u64,
     /// When the level will be unused or begins anew, monotonic nanoseconds.
     pub reset_at_ns: u64,
+    /// When time will have given back what all hosts used for good of a bucket, monotonic nanoseconds; rather early.
+    pub settled_at_ns: u64,
 }
 
 impl Leased {
@@ -130,6 +143,8 @@ impl Leased {
             amount: AtomicU64::new(amount),
             taken: AtomicU64::new(0),
             spent: AtomicU64::new(0),
+            reserved: AtomicU64::new(0),
+            released: AtomicU64::new(0),
             allowance: AtomicU64::new(opening.units.min(amount)),
             valid_until_ns: AtomicU64::new(opening.until_ns),
             answered: AtomicBool::new(false),
@@ -140,6 +155,7 @@ impl Leased {
             free: AtomicU64::new(amount),
             used: AtomicU64::new(0),
             reset_at_ns: AtomicU64::new(0),
+            settled_at_ns: AtomicU64::new(0),
         }
     }
 
@@ -179,6 +195,8 @@ impl Leased {
     /// What follows when units were taken.
     fn counted(&self, units: u64, now_ns: u64) -> LeaseStanding {
         if let Kind::Bucket { .. } = self.kind {
+            // Held before it counts: see `look`.
+            self.reserved.fetch_add(units, SeqCst);
             self.spent.fetch_add(units, SeqCst);
         }
         // Mostly it is no larger than the last, and then nothing is written.
@@ -187,7 +205,11 @@ impl Leased {
         }
         let mut standing = self.standing(now_ns);
         if let Kind::Bucket { window_ns } = self.kind {
-            standing.reset_ns = (standing.reset_ns + self.cost_ns(units, window_ns)).min(window_ns);
+            let cost_ns = self.cost_ns(units, window_ns);
+            standing.reset_ns = (standing.reset_ns + cost_ns).min(window_ns);
+            // Time gives back what was used for good before it; what other requests hold may all come back first.
+            let settled_at_ns = self.settled_at_ns.load(Relaxed).max(now_ns);
+            standing.until_ns = settled_at_ns.saturating_add(cost_ns);
         }
         standing
     }
@@ -233,8 +255,8 @@ impl Leased {
     /// Trues up a reservation that turned out as `used`. What was used beyond it is taken although there may be no room:
     /// it is debt, and the store is told of it whether there is a lease or not.
     ///
-    /// `until_ns` is when time alone will have earned a bucket's reservation back: now and [`LeaseStanding::reset_ns`]
-    /// at the moment when it was made. What time gave back is not given back again. Other levels do not look at it.
+    /// `until_ns` is [`LeaseStanding::until_ns`] of the moment when it was made: what time may have given back is not given
+    /// back again. Only buckets look at it.
     pub fn settle(&self, reserved: u64, used: u64, until_ns: u64, now_ns: u64) {
         // `spent` never stands above `taken`: a sum grows in `taken` first and shrinks in `spent` first.
         let over = used.saturating_sub(reserved);
@@ -252,6 +274,7 @@ impl Leased {
                 let back = unused.min(self.earned_in(until_ns.saturating_sub(now_ns), window_ns));
                 self.spent.fetch_add(over, SeqCst);
                 self.spent.fetch_sub(back, SeqCst);
+                self.released.fetch_add(reserved, SeqCst);
                 back
             }
         };
@@ -270,6 +293,7 @@ impl Leased {
             remaining: spare.saturating_add(self.free.load(Relaxed)).min(self.amount()),
             spare,
             reset_ns: self.reset_ns(now_ns),
+            until_ns: now_ns,
             retry_after_ns: 0,
             stale: false,
         }
@@ -290,8 +314,7 @@ impl Leased {
     fn reset_ns(&self, now_ns: u64) -> u64 {
         let reset_ns = self.reset_at_ns.load(Relaxed).saturating_sub(now_ns);
         match self.kind {
-            // What was used since the store last spoke is not in it: it may be early, and then a little less of a
-            // reservation is given back.
+            // What was used since the store last spoke is not in it.
             Kind::Bucket { window_ns } => reset_ns.min(window_ns),
             _ => reset_ns,
         }
@@ -311,12 +334,16 @@ impl Leased {
 
     /// What happened since the last look. For the control thread alone: it takes the signals of hunger away.
     pub fn look(&self) -> Look {
-        // `spent` first: what is used in between is then still counted as held.
+        // What was released before and what was reserved after: whatever happens in between counts as held.
+        let released = self.released.load(SeqCst);
+        // `spent` before `taken`: what is used in between is then still counted as held.
         let spent = self.spent.load(SeqCst);
+        let held = self.reserved.load(SeqCst).saturating_sub(released);
         let allowance = self.allowance.load(SeqCst);
         Look {
             taken: self.taken.load(SeqCst),
             spent,
+            held,
             allowance,
             wanted: self.wanted.swap(0, Relaxed),
             largest: self.largest.swap(0, Relaxed),
@@ -345,6 +372,7 @@ impl Leased {
         self.free.store(grant.free, Relaxed);
         self.used.store(grant.used, Relaxed);
         self.reset_at_ns.store(grant.reset_at_ns, Relaxed);
+        self.settled_at_ns.store(grant.settled_at_ns, Relaxed);
         self.allowance.fetch_max(grant.allowance, SeqCst);
         self.answered.store(true, SeqCst);
         self.valid_until_ns.store(grant.until_ns, Relaxed);
@@ -395,6 +423,7 @@ mod tests {
             free: 0,
             used: 0,
             reset_at_ns: NOW + MINUTE,
+            settled_at_ns: 0,
         }
     }
 
@@ -472,7 +501,8 @@ mod tests {
         let standing = level.reserve(30, NOW).expect("room");
         assert_eq!(standing.reset_ns, 30 * SECOND);
         assert_eq!(level.look().spent, 30);
-        let until_ns = NOW + standing.reset_ns;
+        let until_ns = standing.until_ns;
+        assert_eq!(until_ns, NOW + 30 * SECOND);
         // After ten seconds, ten units have been earned back already.
         level.settle(30, 0, until_ns, NOW + 10 * SECOND);
         assert_eq!((level.look().taken, level.look().spent), (10, 10));

@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, Hasher},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering::Relaxed},
@@ -17,7 +18,26 @@ use arc_swap::ArcSwap;
 use super::lease::{Kind, Leased, Opening};
 use crate::bounds::{LEASED_LEVELS_MAX, LEASED_SHARDS};
 
-type Shard = HashMap<u64, Arc<Leased>>;
+type Shard = HashMap<u64, Arc<Leased>, BuildHasherDefault<Identity>>;
+
+/// Identities are hashes already.
+#[derive(Debug, Default)]
+struct Identity(u64);
+
+impl Hasher for Identity {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write_u64(&mut self, identity: u64) {
+        // The low bits chose the shard.
+        self.0 = identity.rotate_left(32);
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = self.0.rotate_left(8) ^ u64::from(*byte);
+        }
+    }
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -36,7 +56,7 @@ pub struct Directory {
     offset_ms: AtomicI64,
 }
 
-/// There are [`LEASED_LEVELS_MAX`] levels already, and all are in use.
+/// There are as many levels as there may be, and all are in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Full;
 
@@ -65,6 +85,22 @@ impl Directory {
     /// # Errors
     /// There is no room for another: the request must be refused, for the level cannot be counted.
     pub fn level(&self, id: u64, kind: Kind, amount: u64, now_ns: u64) -> Result<Arc<Leased>, Full> {
+        self.level_within(LEASED_LEVELS_MAX, id, kind, amount, now_ns)
+    }
+
+    /// As [`Directory::level`], made only while there are fewer than `most` levels: subjects that clients choose leave
+    /// room for the others.
+    ///
+    /// # Errors
+    /// There is no room for another.
+    pub fn level_within(
+        &self,
+        most: usize,
+        id: u64,
+        kind: Kind,
+        amount: u64,
+        now_ns: u64,
+    ) -> Result<Arc<Leased>, Full> {
         let place = place(id, kind);
         let shard = self.shard(place);
         if let Some(found) = shard.load().get(&place)
@@ -76,7 +112,7 @@ impl Directory {
             return Ok(found.clone());
         }
         // Cores that add at the same moment may pass the bound by their number.
-        if self.count.load(Relaxed) >= LEASED_LEVELS_MAX {
+        if self.count.load(Relaxed) >= most {
             return Err(Full);
         }
         let made = Arc::new(Leased::new(id, kind, amount, self.opening(amount, now_ns)));
@@ -187,7 +223,7 @@ impl Directory {
 /// Where a level is: each period has its own.
 fn place(id: u64, kind: Kind) -> u64 {
     match kind {
-        Kind::Period { end_unix_ms } => id ^ end_unix_ms.wrapping_mul(0x9E37_79B9_7F4A_7C15),
+        Kind::Period { end_unix_ms, .. } => id ^ end_unix_ms.wrapping_mul(0x9E37_79B9_7F4A_7C15),
         _ => id,
     }
 }
@@ -241,7 +277,15 @@ mod tests {
         let directory = Directory::default();
         let of = |end_unix_ms| {
             directory
-                .level(7, Kind::Period { end_unix_ms }, 1_000, 0)
+                .level(
+                    7,
+                    Kind::Period {
+                        end_unix_ms,
+                        length_ms: 1,
+                    },
+                    1_000,
+                    0,
+                )
                 .expect("room")
         };
         assert!(of(1).reserve(1, 0).is_err(), "no opening is set");

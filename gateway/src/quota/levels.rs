@@ -162,6 +162,11 @@ impl Levels {
         }
     }
 
+    /// A moment by the monotonic clock, which leases follow.
+    fn monotonic_ns(&self, now: Moment) -> u64 {
+        now.steady_ns.saturating_sub(self.clock_base_ns)
+    }
+
     /// The wall clock; of hosts that share levels, the store's, so that periods begin everywhere at once.
     fn unix_ms(&self) -> u64 {
         let offset_ms = self.shared.as_ref().map_or(0, |shared| shared.offset_ms());
@@ -187,7 +192,7 @@ impl Levels {
         let Some(directory) = &self.shared else {
             return Ok((taken, standing));
         };
-        match shared::reserve(directory, query, units, now) {
+        match shared::reserve(directory, query, units, now, self.monotonic_ns(now)) {
             Ok((lease, standing)) => {
                 taken.lease = Some(lease);
                 Ok((taken, standing))
@@ -257,7 +262,7 @@ impl Levels {
     /// Gives back what of a reservation was not used: all but `used` of its `reserved` units.
     pub fn give_back(&self, query: &Query<'_>, taken: &Taken, reserved: u64, used: u64, now: Moment) {
         if let Some(lease) = &taken.lease {
-            shared::settle(lease, reserved, used.min(reserved));
+            shared::settle(lease, reserved, used.min(reserved), self.monotonic_ns(now));
         }
         let table = self.shelf(taken.shelf);
         if !table.is_still(taken.place) {
@@ -285,7 +290,7 @@ impl Levels {
     /// What was taken is used for good: an accepted request. What the host's own level has taken it has.
     pub fn keep(&self, taken: &Taken, reserved: u64) {
         if let Some(lease) = &taken.lease {
-            shared::settle(lease, reserved, reserved);
+            shared::keep(lease, reserved);
         }
     }
 

@@ -7,20 +7,24 @@ use std::sync::Arc;
 use super::{
     lease::{Kind, LeaseStanding, Leased},
     leases::Directory,
-    levels::{Moment, Query, Refused},
+    levels::{Moment, Query, Refused, Shelf},
     window::{Standing, Window},
 };
-use crate::net::clock;
+use crate::{
+    bounds::{LEASED_GUESTS_MAX, LEASED_LEVELS_MAX, LEASED_OVERFLOWS_MAX},
+    net::clock,
+};
 
 /// Units that were taken from a lease.
 #[derive(Debug, Clone)]
 pub struct Lease {
     level: Arc<Leased>,
-    /// When time alone will have given a bucket's units back.
+    /// When time alone may have given a bucket's units back.
     until_ns: u64,
 }
 
-/// Takes `units` from this host's lease at once or not at all; a rule that only counts always takes.
+/// Takes `units` from this host's lease at once or not at all; a rule that only counts always takes. `now_ns` is the same
+/// moment by the monotonic clock.
 ///
 /// # Errors
 /// The lease does not suffice, or has run out; or there is no place for another level.
@@ -29,8 +33,8 @@ pub fn reserve(
     query: &Query<'_>,
     units: u64,
     now: Moment,
+    now_ns: u64,
 ) -> Result<(Lease, Standing), Refused> {
-    let now_ns = clock::monotonic_ns();
     let level = find_or_make(directory, query, now, now_ns)?;
     let standing = match query.hard {
         true => level.reserve(units, now_ns).map_err(|refused| {
@@ -39,15 +43,21 @@ pub fn reserve(
         })?,
         false => level.take_anyway(units, now_ns),
     };
-    let until_ns = now_ns + standing.reset_ns;
+    let until_ns = standing.until_ns;
     Ok((Lease { level, until_ns }, of(&standing)))
 }
 
-/// Trues up what was taken from a lease: `used` of the `reserved` units.
-pub fn settle(lease: &Lease, reserved: u64, used: u64) {
+/// Trues up what was taken from a lease: `used` of the `reserved` units. `now_ns` by the monotonic clock.
+pub fn settle(lease: &Lease, reserved: u64, used: u64, now_ns: u64) {
+    lease.level.settle(reserved, used, lease.until_ns, now_ns);
+}
+
+/// What was taken from a lease is used for good.
+pub fn keep(lease: &Lease, reserved: u64) {
+    // Nothing comes back, so no time is looked at.
     lease
         .level
-        .settle(reserved, used, lease.until_ns, clock::monotonic_ns());
+        .settle(reserved, reserved, lease.until_ns, lease.until_ns);
 }
 
 /// Takes what was used beyond a reservation, although there may be no room: it is debt.
@@ -72,10 +82,15 @@ fn find_or_make(
     now_ns: u64,
 ) -> Result<Arc<Leased>, Refused> {
     let kind = kind(query.window, now);
-    directory
-        .level(query.id, kind, query.amount, now_ns)
-        // Subjects that find no place share one, as they do on the host's own shelves.
-        .or_else(|_| directory.level(query.overflow_id, kind, query.amount, now_ns))
+    let most = match query.shelf {
+        Shelf::Guests | Shelf::Parallel => LEASED_GUESTS_MAX,
+        _ => LEASED_LEVELS_MAX,
+    };
+    let level = |most, id| directory.level_within(most, id, kind, query.amount, now_ns);
+    // Subjects that find no place share one, as they do on the host's own shelves. That one has a place of its own: there
+    // are as many as policies.
+    level(most, query.id)
+        .or_else(|_| level(LEASED_LEVELS_MAX + LEASED_OVERFLOWS_MAX, query.overflow_id))
         .map_err(|_| Refused::Full)
 }
 
@@ -83,9 +98,13 @@ fn kind(window: &Window, now: Moment) -> Kind {
     match window {
         Window::Bucket { ns } => Kind::Bucket { window_ns: *ns },
         Window::Sliding { ns } => Kind::Sliding { window_ns: *ns },
-        Window::Calendar(calendar) => Kind::Period {
-            end_unix_ms: calendar.period(now.unix_ms).end_ms,
-        },
+        Window::Calendar(calendar) => {
+            let period = calendar.period(now.unix_ms);
+            Kind::Period {
+                end_unix_ms: period.end_ms,
+                length_ms: period.end_ms - period.start_ms,
+            }
+        }
         Window::Never => Kind::Credit,
         Window::Parallel => Kind::Parallel,
     }
@@ -112,4 +131,57 @@ fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
         remaining,
         ..of(refused)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made-up users fill their part of the directory; then they share a level, and keys still have their own.
+    #[test]
+    fn a_flood_of_guests_leaves_room_for_others() {
+        let directory = Directory::default();
+        directory.set_opening(100, u64::MAX / 2);
+        let now = Moment {
+            steady_ns: 0,
+            unix_ms: 0,
+        };
+        let window = Window::Never;
+        let ask = |id, shelf| {
+            let query = Query {
+                window: &window,
+                amount: 10,
+                id,
+                overflow_id: 1,
+                shelf,
+                hard: true,
+                note_held: false,
+            };
+            reserve(&directory, &query, 4, now, 0).map(drop)
+        };
+        let guests = LEASED_GUESTS_MAX as u64;
+        for user in 0..guests {
+            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+        }
+        for user in guests..guests + 2 {
+            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+        }
+        let refused = ask(1_000 + guests + 2, Shelf::Guests);
+        assert!(
+            matches!(refused, Err(Refused::Exhausted(_))),
+            "ten units for all of them"
+        );
+        for key in 0..100 {
+            assert_eq!(ask(1_000_000 + key, Shelf::Own), Ok(()));
+        }
+        assert_eq!(directory.len(), LEASED_GUESTS_MAX + 101);
+        let own = LEASED_LEVELS_MAX as u64;
+        for key in 100..own {
+            let _ = ask(1_000_000 + key, Shelf::Own);
+        }
+        assert!(
+            matches!(ask(5_000_000, Shelf::Own), Err(Refused::Exhausted(_))),
+            "not: no place"
+        );
+    }
 }

@@ -3,9 +3,12 @@
 //! A document is an item of a shared map, with the stamp of its last change: of two changes the greater stamp stands, in
 //! the map as on each host. A host tells what changed since it last told, and everything to a store that lost its data.
 
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::{
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
+    time::Duration,
+};
 
-use tokio::task::JoinSet;
+use tokio::{task::JoinSet, time::Instant};
 
 use super::{
     feed::Feed,
@@ -16,6 +19,9 @@ use crate::control::store::{Change, Store};
 /// The map of documents.
 const DOCUMENTS: &str = "documents";
 
+/// How often it is looked whether the store lost its data.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// Changes that are told at once.
 const CHANGES_PER_BATCH: usize = 64;
 
@@ -25,7 +31,8 @@ pub(super) struct Documents {
     feed: Feed,
     /// The map that was told, and the version of this host's store up to which it was.
     told: (String, u64),
-    begins: bool,
+    /// When it is to be looked whether the map is the one that was told.
+    look_at: Instant,
     refused: AtomicUsize,
 }
 
@@ -35,7 +42,7 @@ impl Documents {
             store,
             feed: Feed::new(DOCUMENTS),
             told: (String::new(), 0),
-            begins: true,
+            look_at: Instant::now(),
             refused: AtomicUsize::new(0),
         }
     }
@@ -43,7 +50,7 @@ impl Documents {
     /// A connection is new: the store may have lost its data.
     pub(super) fn restart(&mut self) {
         self.feed.restart();
-        self.begins = true;
+        self.look_at = Instant::now();
     }
 
     /// Tells what changed here and takes over what changed elsewhere.
@@ -51,12 +58,12 @@ impl Documents {
     /// # Errors
     /// The shared store does not answer, or the host's own cannot be read.
     pub(super) async fn exchange(&mut self, link: &mut Link, host: &str, unix_ms: u64) -> anyhow::Result<()> {
-        if self.begins {
+        if Instant::now() >= self.look_at {
             let birth = link.birth(DOCUMENTS, host).await?;
             if birth != self.told.0 {
                 self.told = (birth, 0);
             }
-            self.begins = false;
+            self.look_at = Instant::now() + LOOK_EVERY;
         }
         self.tell(link).await?;
         loop {

@@ -1,7 +1,7 @@
 //! Maps that all hosts have a copy of: who reads along with the store's log.
 //!
-//! A reader takes all items once, then follows the log of what changed. After a lost connection it begins again: the
-//! log is short, and the store may have lost its data. Items are states with stamps, so hearing of one twice or late
+//! A reader takes all items once, then follows the log of what changed. It begins again after a lost connection, for the
+//! store may have lost its data, and where the log, which is short, does not go back to where it was. Items are states with stamps, so hearing of one twice or late
 //! changes nothing.
 
 use super::link::{Item, Link};
@@ -73,7 +73,13 @@ impl Feed {
                 Ok(Pulled { items, more })
             }
             Place::Follow { end } => {
-                let (names, end) = link.changed_since(self.map, &end).await?;
+                let Some((names, end)) = link.changed_since(self.map, &end).await? else {
+                    self.place = Place::Start;
+                    return Ok(Pulled {
+                        items: Vec::new(),
+                        more: true,
+                    });
+                };
                 let items = link.items(self.map, &names, unix_ms).await?;
                 self.place = Place::Follow { end };
                 Ok(Pulled {

@@ -15,6 +15,13 @@ use crate::quota::lease::Kind;
 /// Parts of a sliding window.
 const SLOTS: u64 = 16;
 
+/// The longest lease that can be configured, microseconds: what ends later was granted by a clock that has been set back
+/// since.
+const LEASE_LONGEST_US: u64 = 61_000_000;
+
+/// A clock that was set back by less is no reason to end a period early, milliseconds.
+const SET_BACK_MS: u64 = 60_000;
+
 /// What a host tells of one level. Counts are cumulative, see [`crate::quota::lease`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Report {
@@ -39,6 +46,8 @@ pub struct Report {
     pub wanted: u64,
     /// Units of them without which the next request cannot run.
     pub needed: u64,
+    /// Units of a bucket that count in `spent` and may come back: what running requests reserved. Rather too many.
+    pub held: u64,
 }
 
 /// What the store says.
@@ -56,6 +65,8 @@ pub struct Answer {
     pub hosts: u64,
     /// Until the level is unused, microseconds; 0 where it does not come with time.
     pub reset_us: u64,
+    /// Of a bucket: until time has given back what was used for good, microseconds; what is held may come back before.
+    pub settled_us: u64,
     /// When the store began the level, microseconds: another after it lost its data.
     pub birth: u64,
 }
@@ -73,6 +84,7 @@ struct Record {
     spent: u64,
     out: u64,
     expiry_us: u64,
+    held: u64,
 }
 
 /// See the module.
@@ -95,6 +107,11 @@ impl Level {
         let me = self.hosts.remove(&report.host);
         self.hosts
             .retain(|_, host| host.expiry_us + times.keep_us >= now_us);
+        for host in self.hosts.values_mut() {
+            if host.expiry_us > now_us + LEASE_LONGEST_US {
+                host.expiry_us = now_us + times.lease_us;
+            }
+        }
         let alive = || self.hosts.values().filter(|host| host.expiry_us > now_us);
         let hosts = 1 + alive().count() as u64;
         let others: u64 = alive().map(|host| host.out).sum();
@@ -122,8 +139,10 @@ impl Level {
             spent: report.spent,
             out: report.kept + extra,
             expiry_us: now_us + times.lease_us,
+            held: report.held,
         };
         let out = record.out;
+        let settled_us = self.settled_us(report, now_us);
         self.hosts.insert(report.host.clone(), record);
         Answer {
             accepted: true,
@@ -132,6 +151,7 @@ impl Level {
             used: self.used as u64,
             hosts,
             reset_us: self.reset_us(report),
+            settled_us,
             birth: self.birth,
         }
     }
@@ -146,15 +166,28 @@ impl Level {
             }
             Kind::Sliding { window_ns } => {
                 let slot = slot(window_ns, now_us);
+                // Of a clock that has been set back since: it counts from now.
+                let ahead: u64 = self
+                    .slots
+                    .extract_if(|n, _| *n > slot)
+                    .map(|(_, units)| units)
+                    .sum();
+                if ahead > 0 {
+                    *self.slots.entry(slot).or_default() += ahead;
+                }
                 self.slots.retain(|n, _| *n + SLOTS >= slot);
                 self.used = self.slots.values().sum::<u64>() as f64;
             }
             // A new period begins when the old one has ended by the store's clock. Debt goes along.
-            Kind::Period { end_unix_ms } => {
-                if end_unix_ms > self.ends_unix_ms && self.ends_unix_ms <= now_us / 1_000 + 1_000 {
+            Kind::Period { end_unix_ms, .. } => {
+                let now_ms = now_us / 1_000;
+                if end_unix_ms > self.ends_unix_ms && self.ends_unix_ms <= now_ms + 1_000 {
                     if self.ends_unix_ms > 0 {
                         self.used = (self.used - report.amount as f64).max(0.0);
                     }
+                    self.ends_unix_ms = end_unix_ms;
+                } else if self.ends_unix_ms > end_unix_ms && end_unix_ms > now_ms + SET_BACK_MS {
+                    // Begun by a clock that was ahead: otherwise none would begin until then. What was used counts on.
                     self.ends_unix_ms = end_unix_ms;
                 }
             }
@@ -176,6 +209,19 @@ impl Level {
             let units = self.slots.entry(slot(window_ns, now_us)).or_default();
             *units = (*units as f64 + more).max(0.0) as u64;
         }
+    }
+
+    /// Until time has given back what was used for good of a bucket: all that is held may come back before it does. What
+    /// a host held when it fell silent may come back until time has given it back.
+    fn settled_us(&self, report: &Report, now_us: u64) -> u64 {
+        let Kind::Bucket { window_ns } = report.kind else {
+            return 0;
+        };
+        let window_us = window_ns / 1_000;
+        let may = |host: &&Record| host.expiry_us + window_us > now_us;
+        let others: u64 = self.hosts.values().filter(may).map(|host| host.held).sum();
+        let settled = (self.used - report.held as f64 - others as f64).max(0.0);
+        (settled * window_us as f64 / report.amount.max(1) as f64) as u64
     }
 
     fn reset_us(&self, report: &Report) -> u64 {

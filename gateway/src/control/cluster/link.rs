@@ -1,35 +1,35 @@
 //! The connection to the store: one server or a cluster, and what is asked of it.
 
-use std::{collections::BTreeMap, sync::LazyLock, time::Duration};
+use std::{sync::LazyLock, time::Duration};
 
 use anyhow::Context;
 use redis::{
-    AsyncConnectionConfig, Client, Cmd, IntoConnectionInfo, Pipeline, RedisFuture, Script, ScriptInvocation,
+    AsyncConnectionConfig, Client, Cmd, IntoConnectionInfo, Pipeline, RedisFuture, RedisResult,
     TlsCertificates, Value,
     aio::{ConnectionLike, MultiplexedConnection},
     cluster::ClusterClient,
     cluster_async::ClusterConnection,
 };
 
-use super::level::{Answer, Report, Times};
-use crate::{config::schema::Store, quota::lease::Kind};
+use super::{
+    level::{Report, Times},
+    script::Lua,
+    wire::{Heard, answer, is_ill, write_report},
+};
+use crate::config::schema::Store;
 
 /// Parts that levels are spread over in a cluster: the levels of a part are in one slot, so that one call reports many.
 pub const SHARDS: u64 = 16;
 
 /// Levels in one call: it keeps the server busy for about a millisecond.
-const LEVELS_PER_CALL: usize = 128;
-
-/// An hour and 40 days, milliseconds: how long levels are kept that nothing is reported of.
-const HOUR_MS: u64 = 3_600_000;
-const MONTHS_MS: u64 = 40 * 24 * HOUR_MS;
+pub const LEVELS_PER_CALL: usize = 128;
 
 /// Changes of a shared map that are read at once.
 const CHANGES_PER_CALL: usize = 500;
 
-static LEASE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("lease.lua")));
-static PUBLISH: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("publish.lua")));
-static PRESENCE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("presence.lua")));
+static LEASE: LazyLock<Lua> = LazyLock::new(|| Lua::new(include_str!("lease.lua")));
+static PUBLISH: LazyLock<Lua> = LazyLock::new(|| Lua::new(include_str!("publish.lua")));
+static PRESENCE: LazyLock<Lua> = LazyLock::new(|| Lua::new(include_str!("presence.lua")));
 
 /// A connection that many calls share.
 #[derive(Clone)]
@@ -181,78 +181,69 @@ impl Link {
     /// The store does not answer.
     pub async fn present(&mut self, host: &str, lease_ms: u64) -> anyhow::Result<(u64, u64)> {
         let key = format!("{{{}:hosts}}", self.prefix);
-        let mut call = PRESENCE.prepare_invoke();
-        call.key(key).arg(host).arg(lease_ms);
-        Ok(call.invoke_async(&mut self.connection).await?)
+        let fill = |command: &mut Cmd| {
+            command.arg(1).arg(&key).arg(host).arg(lease_ms);
+        };
+        Ok(PRESENCE.run(&mut self.connection, fill).await?)
     }
 
-    /// Reports and asks for leases; an answer for each report, in their order. `None`: its part of the store did not
-    /// answer.
+    /// The part of the store that a level is in: one call may name the levels of one part.
+    pub fn part(&self, id: u64) -> u64 {
+        match self.connection {
+            Connection::One(_) => 0,
+            Connection::Cluster(_) => id % SHARDS,
+        }
+    }
+
+    /// Whether parts of the store can be gone while others answer.
+    pub fn has_parts(&self) -> bool {
+        matches!(self.connection, Connection::Cluster(_))
+    }
+
+    /// Reports levels of one part and asks for leases; at most [`LEVELS_PER_CALL`]. Without reports it only asks for the
+    /// part's mark.
     ///
     /// # Errors
-    /// No part of the store answered: the first error.
-    pub async fn exchange(&self, reports: &[Report], times: Times) -> anyhow::Result<Vec<Option<Answer>>> {
-        let mut answers = vec![None; reports.len()];
-        let mut calls = tokio::task::JoinSet::new();
-        for (shard, places) in by_shard(reports) {
-            for places in places.chunks(LEVELS_PER_CALL) {
-                let places = places.to_vec();
-                let of_call: Vec<&Report> = places.iter().map(|place| &reports[*place]).collect();
-                let call = self.invocation(shard, &of_call, times);
-                let mut connection = self.connection.clone();
-                calls.spawn(async move {
-                    let lines = call.invoke_async::<Vec<Vec<u64>>>(&mut connection).await;
-                    (places, lines)
-                });
+    /// The part does not answer, or can count none of the levels.
+    pub async fn report(&self, part: u64, reports: &[Report], times: Times) -> anyhow::Result<Heard> {
+        let mut connection = self.connection.clone();
+        let fill = |command: &mut Cmd| {
+            command
+                .arg(1 + reports.len())
+                .arg(format!("{{{}:{part}}}:mark", self.prefix));
+            for report in reports {
+                command.arg(self.level_key(report.id));
+            }
+            command.arg(times.lease_us).arg(times.keep_us);
+            reports.iter().for_each(|report| write_report(report, command));
+        };
+        let lines: Vec<Value> = LEASE.run(&mut connection, fill).await?;
+        let mut lines = lines.into_iter();
+        let Some(Value::Int(mark)) = lines.next() else {
+            anyhow::bail!("the store answers something else");
+        };
+        let (mut answers, mut trouble) = (Vec::with_capacity(reports.len()), None);
+        for (report, line) in reports.iter().zip(lines) {
+            let read = answer(&line);
+            answers.push(read.as_ref().ok().copied());
+            if let Err(error) = read {
+                trouble = Some(format!("{}: {error}", self.level_key(report.id)));
             }
         }
-        let (mut first_error, mut any) = (None, reports.is_empty());
-        while let Some(done) = calls.join_next().await {
-            let (places, result) = done?;
-            match result {
-                Ok(lines) => {
-                    any = true;
-                    for (place, line) in places.into_iter().zip(&lines) {
-                        answers[place] = answer(line);
-                    }
-                }
-                Err(error) => first_error = first_error.or(Some(error)),
+        match trouble {
+            Some(trouble) if answers.iter().all(Option::is_none) && is_ill(&trouble) => {
+                anyhow::bail!(trouble)
             }
-        }
-        match first_error {
-            Some(error) if !any => Err(error.into()),
-            _ => Ok(answers),
+            trouble => Ok(Heard {
+                mark: mark as u64,
+                answers,
+                trouble,
+            }),
         }
     }
 
-    fn invocation(&self, shard: u64, reports: &[&Report], times: Times) -> ScriptInvocation<'static> {
-        let mut call = LEASE.prepare_invoke();
-        call.arg(times.lease_us).arg(times.keep_us);
-        for report in reports {
-            call.key(format!("{{{}:{shard}}}:level:{:016x}", self.prefix, report.id));
-            let window_us = |window_ns: u64| (window_ns / 1_000).max(1);
-            let (kind, window, ttl_ms) = match report.kind {
-                Kind::Bucket { window_ns } => ("b", window_us(window_ns), kept_ms(window_ns)),
-                Kind::Sliding { window_ns } => ("s", window_us(window_ns), kept_ms(window_ns)),
-                Kind::Period { end_unix_ms } => ("p", end_unix_ms, MONTHS_MS),
-                Kind::Credit => ("c", 0, 0),
-                Kind::Parallel => ("c", 0, HOUR_MS),
-            };
-            call.arg(&report.host)
-                .arg(kind)
-                .arg(report.amount)
-                .arg(window)
-                .arg(ttl_ms);
-            call.arg(report.seq)
-                .arg(report.spent)
-                .arg(report.from_start)
-                .arg(report.from_known);
-            call.arg(report.birth)
-                .arg(report.kept)
-                .arg(report.wanted)
-                .arg(report.needed);
-        }
-        call
+    fn level_key(&self, id: u64) -> String {
+        format!("{{{}:{}}}:level:{id:016x}", self.prefix, id % SHARDS)
     }
 
     /// Puts a state of an item into a shared map. False: a newer or the same one was there.
@@ -261,12 +252,16 @@ impl Link {
     /// The store does not answer.
     pub async fn publish(&mut self, map: &str, item: &Item) -> anyhow::Result<bool> {
         let ttl_ms = item.ttl.map_or(0, |ttl| (ttl.as_millis() as u64).max(1));
-        let mut call = PUBLISH.prepare_invoke();
-        for part in ["items", "expiries", "log"] {
-            call.key(self.map_key(map, part));
-        }
-        call.arg(&item.name).arg(&item.stamp).arg(&item.value).arg(ttl_ms);
-        let news: u64 = call.invoke_async(&mut self.connection).await?;
+        let keys = ["items", "expiries", "log"].map(|part| self.map_key(map, part));
+        let fill = |command: &mut Cmd| {
+            command.arg(keys.len()).arg(&keys[..]);
+            command
+                .arg(&item.name)
+                .arg(&item.stamp)
+                .arg(&item.value)
+                .arg(ttl_ms);
+        };
+        let news: u64 = PUBLISH.run(&mut self.connection, fill).await?;
         Ok(news == 1)
     }
 
@@ -306,19 +301,25 @@ impl Link {
         Ok(last.into_iter().next().map_or_else(|| "0-0".into(), |(id, _)| id))
     }
 
-    /// The names of items that changed behind a place of the log, and where the log ends now.
+    /// The names of items that changed behind a place of the log, and where the log ends now. `None`: the log does not go
+    /// back to that place any more, or is another one; what changed is not known.
     ///
     /// # Errors
     /// The store does not answer.
-    pub async fn changed_since(&mut self, map: &str, place: &str) -> anyhow::Result<(Vec<String>, String)> {
-        let mut command = redis::cmd("XRANGE");
-        command
-            .arg(self.map_key(map, "log"))
-            .arg(format!("({place}"))
-            .arg("+")
-            .arg("COUNT")
-            .arg(CHANGES_PER_CALL);
-        let entries: Vec<(String, Vec<String>)> = command.query_async(&mut self.connection).await?;
+    pub async fn changed_since(
+        &mut self,
+        map: &str,
+        place: &str,
+    ) -> anyhow::Result<Option<(Vec<String>, String)>> {
+        let entries = self.log(map, &behind(place), CHANGES_PER_CALL).await?;
+        if entries.is_empty() {
+            return Ok(Some((Vec::new(), place.to_owned())));
+        }
+        // Looked for afterwards: what was cut off before then was read, or this shows it.
+        let first = self.log(map, "-", 1).await?;
+        if first.first().is_none_or(|(id, _)| log_id(id) > log_id(place)) {
+            return Ok(None);
+        }
         let end = entries
             .last()
             .map_or_else(|| place.to_owned(), |(id, _)| id.clone());
@@ -328,7 +329,15 @@ impl Link {
             .collect();
         names.sort_unstable();
         names.dedup();
-        Ok((names, end))
+        Ok(Some((names, end)))
+    }
+
+    /// Entries of a map's log from a place on.
+    async fn log(&mut self, map: &str, from: &str, most: usize) -> RedisResult<Vec<(String, Vec<String>)>> {
+        let mut command = redis::cmd("XRANGE");
+        let key = self.map_key(map, "log");
+        command.arg(key).arg(from).arg("+").arg("COUNT").arg(most);
+        command.query_async(&mut self.connection).await
     }
 
     /// Items by their names; those that have gone are left out.
@@ -368,33 +377,18 @@ impl Link {
     }
 }
 
-/// Places of reports by the part of the store that their levels are in.
-fn by_shard(reports: &[Report]) -> BTreeMap<u64, Vec<usize>> {
-    let mut shards: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
-    for (place, report) in reports.iter().enumerate() {
-        shards.entry(report.id % SHARDS).or_default().push(place);
+/// An entry's place in the log, to be compared.
+fn log_id(place: &str) -> (u64, u64) {
+    let (ms, number) = place.split_once('-').unwrap_or(("0", "0"));
+    (ms.parse().unwrap_or(0), number.parse().unwrap_or(0))
+}
+
+/// The first place behind one of the log. (Servers before 6.2 do not know `(`.)
+fn behind(place: &str) -> String {
+    match log_id(place) {
+        (ms, u64::MAX) => format!("{}-0", ms.saturating_add(1)),
+        (ms, number) => format!("{ms}-{}", number + 1),
     }
-    shards
-}
-
-/// How long a window's level is kept, milliseconds: until it is unused in any case.
-fn kept_ms(window_ns: u64) -> u64 {
-    (window_ns / 1_000_000 * 3).max(HOUR_MS)
-}
-
-fn answer(line: &[u64]) -> Option<Answer> {
-    let &[accepted, out, free, used, hosts, reset_us, birth] = line else {
-        return None;
-    };
-    Some(Answer {
-        accepted: accepted == 1,
-        out,
-        free,
-        used,
-        hosts,
-        reset_us,
-        birth,
-    })
 }
 
 /// `stamp expiry value`; `None` when it has expired or is of another form.
@@ -433,8 +427,11 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_of_another_form_is_none() {
-        assert!(answer(&[1, 2, 3, 4, 5, 6, 7]).is_some_and(|answer| answer.accepted && answer.out == 2));
-        assert_eq!(answer(&[1, 2]), None);
+    fn the_place_behind_one_of_the_log() {
+        assert_eq!(behind("0-0"), "0-1");
+        assert_eq!(behind("17-3"), "17-4");
+        assert_eq!(behind(&format!("17-{}", u64::MAX)), "18-0");
+        assert_eq!(behind("garbage"), "0-1");
+        assert!(log_id("9-100") < log_id("10-0"), "by number, not as text");
     }
 }

@@ -5,6 +5,7 @@
 //! ([`tracker`]), reports what was used and leases what will be ([`link`], `lease.lua`). Another one exchanges
 //! blocks and what administrators changed ([`feed`]). No request waits for either.
 
+mod calls;
 mod documents;
 pub mod feed;
 pub mod level;
@@ -12,10 +13,12 @@ pub mod link;
 mod node;
 mod peers;
 mod rounds;
+mod script;
 mod status;
 #[cfg(test)]
 mod tests;
 pub mod tracker;
+mod wire;
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},

@@ -24,4 +24,12 @@ else
 end
 redis.call('HSET', KEYS[1], item, stamp .. ' ' .. string.format('%.0f', expiry) .. ' ' .. ARGV[3])
 redis.call('XADD', KEYS[3], 'MAXLEN', '~', 10000, '*', 'i', item)
+-- Where every item ends, all ends with the last one, a minute later.
+if redis.call('ZCARD', KEYS[2]) == redis.call('HLEN', KEYS[1]) then
+  local last = redis.call('ZRANGE', KEYS[2], -1, -1, 'WITHSCORES')
+  local left = string.format('%.0f', tonumber(last[2]) - now + 60000)
+  for _, key in ipairs(KEYS) do redis.call('PEXPIRE', key, left) end
+else
+  for _, key in ipairs(KEYS) do redis.call('PERSIST', key) end
+end
 return 1

@@ -1,10 +1,13 @@
 //! How the cluster goes, for `gateway status` and metrics.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
 use crate::telemetry::prometheus::Exposition;
+
+/// For how long a level that the store could not count is shown: some tries to report it.
+const SPOILT_FOR: Duration = Duration::from_secs(60);
 
 /// What the rounds note down.
 #[derive(Debug, Clone, Default)]
@@ -20,6 +23,10 @@ pub struct Status {
     levels: usize,
     local: usize,
     hosts: u64,
+    /// Parts of the store (a cluster) that do not answer.
+    ill: usize,
+    /// The last level that the store could not count, and why.
+    spoilt: Option<(Instant, String)>,
 }
 
 impl Status {
@@ -47,8 +54,20 @@ impl Status {
         self.unanswered += unanswered;
     }
 
-    pub(super) fn counted(&mut self, levels: usize, local: usize, hosts: u64) {
-        (self.levels, self.local, self.hosts) = (levels, local, hosts);
+    pub(super) fn counted(&mut self, levels: usize, local: usize, hosts: u64, ill: usize) {
+        (self.levels, self.local, self.hosts, self.ill) = (levels, local, hosts, ill);
+    }
+
+    /// Notes that a level could not be counted; true when it was not known.
+    pub(super) fn is_spoilt(&mut self, trouble: &str) -> bool {
+        let is_new = self.spoilt().is_none();
+        self.spoilt = Some((Instant::now(), trouble.to_owned()));
+        is_new
+    }
+
+    fn spoilt(&self) -> Option<&str> {
+        let (at, trouble) = self.spoilt.as_ref()?;
+        (at.elapsed() < SPOILT_FOR).then_some(trouble)
     }
 
     /// The store answers.
@@ -58,8 +77,14 @@ impl Status {
 
     /// What does not work, in words.
     pub fn trouble(&self) -> Option<String> {
+        if self.connected && self.ill > 0 {
+            return Some(format!(
+                "store: {} parts do not answer; {} levels on local grants",
+                self.ill, self.local
+            ));
+        }
         if self.connected {
-            return None;
+            return self.spoilt().map(|spoilt| format!("store: {spoilt}"));
         }
         let error = self.error.as_deref().unwrap_or("not connected yet");
         Some(format!("store: {error}; {} levels on local grants", self.local))
@@ -78,6 +103,8 @@ impl Status {
             "reports": self.reports,
             "granted_units": self.granted,
             "unanswered": self.unanswered,
+            "silent_parts": self.ill,
+            "spoilt_level": self.spoilt(),
         })
     }
 }

@@ -21,6 +21,7 @@ const TIMES: Times = Times {
 
 /// A request that runs.
 struct Running {
+    since_ns: u64,
     reserved: u64,
     until_ns: u64,
 }
@@ -45,6 +46,8 @@ struct World {
     instances: u64,
     /// Used for good, by all hosts that ever were.
     used: u64,
+    /// When each request began and what it used.
+    requests: Vec<(u64, u64)>,
     /// What hosts used beyond reservations.
     overuse: u64,
     /// What dead hosts had used and not reported, and what hosts held whose lease ran out in silence.
@@ -64,6 +67,7 @@ impl World {
             hosts: Vec::new(),
             instances: 0,
             used: 0,
+            requests: Vec::new(),
             overuse: 0,
             lost: 0,
             opened: 0,
@@ -80,6 +84,7 @@ impl World {
             ns: self.now_ns,
             unix_ms: self.now_ns / MS,
             lease_ns: LEASE_NS,
+            defer_ns: 0,
         }
     }
 
@@ -111,8 +116,9 @@ impl World {
             return false;
         };
         host.running.push(Running {
+            since_ns: self.now_ns,
             reserved: units,
-            until_ns: self.now_ns + standing.reset_ns,
+            until_ns: standing.until_ns,
         });
         true
     }
@@ -128,6 +134,7 @@ impl World {
             .settle(running.reserved, used, running.until_ns, self.now_ns);
         if self.kind != Kind::Parallel {
             self.used += used;
+            self.requests.push((running.since_ns, used));
             self.overuse += used.saturating_sub(running.reserved);
         }
     }
@@ -302,6 +309,134 @@ proptest! {
             prop_assert!(spent <= amount + earned + world.overuse + world.lost + 1, "{spent} {earned}");
         }
     }
+
+    /// Whoever reserves much and uses little saves nothing up.
+    #[test]
+    fn a_bucket_with_reservations_grants_no_more_than_one_that_knew(
+        steps in prop::collection::vec(step(false), 1..300),
+        amount in 50..400_u64,
+    ) {
+        let window_ns = 2_000 * MS;
+        let mut world = World::new(Kind::Bucket { window_ns }, amount, 0, HOSTS);
+        for step in steps {
+            play_bucket(&mut world, step);
+            let used = of_a_bucket_that_knew(&world, window_ns);
+            let most = amount + world.overuse + world.lost + HOSTS as u64;
+            prop_assert!(used <= most, "{used} of {most}");
+        }
+    }
+}
+
+/// Units that are used up of a bucket that knew from the beginning what each request would use.
+fn of_a_bucket_that_knew(world: &World, window_ns: u64) -> u64 {
+    let mut requests = world.requests.clone();
+    requests.sort_unstable();
+    let cost_ns = |units: u64| units * window_ns / world.amount;
+    let arrival_ns = requests.iter().fold(0, |arrival_ns: u64, (since_ns, used)| {
+        arrival_ns.max(*since_ns) + cost_ns(*used)
+    });
+    arrival_ns.saturating_sub(world.now_ns) * world.amount / window_ns
+}
+
+/// Reserves on the first host, and tells the store.
+fn reserve_after_rounds(world: &mut World, units: u64) {
+    let granted = (0..10).any(|_| {
+        let granted = world.reserve(0, units);
+        world.round(0, Fate::Fine);
+        granted
+    });
+    assert!(granted);
+}
+
+/// Two requests reserve half of a bucket each and use nothing: the second gives back after time has emptied the level
+/// below it, and what another used since then stays used.
+#[test]
+fn what_a_bucket_was_given_back_by_time_is_not_given_back_again() {
+    let window_ns = 60_000 * MS;
+    let mut world = World::new(Kind::Bucket { window_ns }, 100, 0, 1);
+    for _ in 0..2 {
+        reserve_after_rounds(&mut world, 50);
+    }
+    world.now_ns += 1_000 * MS;
+    world.settle(0, 50, 0);
+    world.round(0, Fate::Fine);
+    world.now_ns += 30_000 * MS;
+    reserve_after_rounds(&mut world, 50);
+    let used = world.store.used();
+    // The second of the two, which began 31 seconds ago, when half a minute had to pass for it to be earned back.
+    world.settle(0, 50, 0);
+    world.round(0, Fate::Fine);
+    assert_eq!(world.store.used(), used);
+}
+
+#[test]
+fn a_bucket_gives_back_what_was_not_used_above_what_was() {
+    let window_ns = 60_000 * MS;
+    let mut world = World::new(Kind::Bucket { window_ns }, 100, 0, 1);
+    for used in [50, 0] {
+        reserve_after_rounds(&mut world, 50);
+        if used > 0 {
+            world.settle(0, 0, 0);
+        }
+        world.round(0, Fate::Fine);
+    }
+    // Of 50 that were used for good time has given back 20; the 50 above them have not been touched.
+    world.now_ns += 12_000 * MS;
+    world.settle(0, 50, 0);
+    world.round(0, Fate::Fine);
+    assert!((29..=31).contains(&world.store.used()), "{}", world.store.used());
+}
+
+/// A clock that was ahead by years and is right again: periods begin, windows pass, leases end.
+#[test]
+fn a_clock_that_was_ahead_leaves_nothing_behind() {
+    let years_us = 5 * 365 * 86_400 * 1_000_000_u64;
+    let (now_us, hour_ms) = (START_NS / 1_000, 3_600_000);
+    let report = |kind, host: &str, spent| Report {
+        id: 1,
+        host: host.into(),
+        kind,
+        amount: 100,
+        seq: 1,
+        spent,
+        from_start: 0,
+        from_known: 0,
+        birth: 0,
+        kept: 0,
+        wanted: 40,
+        needed: 40,
+        held: 0,
+    };
+    let period = |us: u64| Kind::Period {
+        end_unix_ms: us / 1_000 / hour_ms * hour_ms + hour_ms,
+        length_ms: hour_ms,
+    };
+    let mut level = Level::default();
+    level.report(
+        &report(period(now_us + years_us), "a", 30),
+        TIMES,
+        now_us + years_us,
+    );
+    let answer = level.report(&report(period(now_us), "b", 0), TIMES, now_us);
+    assert_eq!(answer.used, 30, "what was used counts on");
+    let later_us = now_us + 2 * hour_ms * 1_000;
+    let answer = level.report(&report(period(later_us), "c", 0), TIMES, later_us);
+    assert_eq!(answer.used, 0, "and ends with its period");
+
+    let sliding = Kind::Sliding {
+        window_ns: 60_000 * MS,
+    };
+    let mut level = Level::default();
+    level.report(&report(sliding, "a", 30), TIMES, now_us + years_us);
+    let answer = level.report(&report(sliding, "b", 0), TIMES, now_us);
+    assert_eq!((answer.used, answer.hosts), (30, 2));
+    let later_us = now_us + 70_000_000;
+    let answer = level.report(&report(sliding, "c", 0), TIMES, later_us);
+    assert_eq!(
+        (answer.used, answer.hosts),
+        (0, 1),
+        "the lease of the first is over too"
+    );
 }
 
 fn play_bucket(world: &mut World, step: Step) {
@@ -480,7 +615,10 @@ fn a_store_that_lost_its_data_hears_what_still_counts() {
 
 #[test]
 fn debt_goes_along_into_the_next_period() {
-    let day = |end_unix_ms| Kind::Period { end_unix_ms };
+    let day = |end_unix_ms| Kind::Period {
+        end_unix_ms,
+        length_ms: 86_400_000,
+    };
     let first_end = START_NS / MS + 1_000;
     let mut world = World::new(day(first_end), 100, 100, 1);
     assert!(world.reserve(0, 100));
@@ -503,13 +641,15 @@ fn debt_goes_along_into_the_next_period() {
 #[test]
 fn a_period_begins_by_the_stores_clock() {
     let end_unix_ms = START_NS / MS + 60_000;
-    let mut world = World::new(Kind::Period { end_unix_ms }, 100, 100, 1);
+    let day = |end_unix_ms| Kind::Period {
+        end_unix_ms,
+        length_ms: 86_400_000,
+    };
+    let mut world = World::new(day(end_unix_ms), 100, 100, 1);
     assert!(world.reserve(0, 80));
     world.settle(0, 0, 0);
     world.round(0, Fate::Fine);
-    world.kind = Kind::Period {
-        end_unix_ms: end_unix_ms + 86_400_000,
-    };
+    world.kind = day(end_unix_ms + 86_400_000);
     world.opening = 0;
     let ahead = world.host();
     world.hosts.push(ahead);

@@ -41,13 +41,14 @@ pub struct Tracker {
     known: Option<u64>,
     /// The store's last answer.
     last: Answer,
-    /// The last answer, the store's or a local one: what is in force.
-    current: Answer,
+    /// The last answer, the store's or a local one, as it was put in force.
+    granted: Grant,
     look: Look,
     looked_ns: u64,
     used_ns: u64,
     reported_ns: u64,
-    reported: Option<(u64, u64)>,
+    /// What the store knows: spent, leased, held.
+    reported: Option<(u64, u64, u64)>,
     /// Units a second, smoothed over about [`AHEAD_S`].
     rate: f64,
     /// The largest request lately.
@@ -68,6 +69,8 @@ pub struct Now {
     pub unix_ms: u64,
     /// How long the store keeps a silent host's lease.
     pub lease_ns: u64,
+    /// How long what was used may wait to be told while the lease lasts: many levels are told in turns.
+    pub defer_ns: u64,
 }
 
 impl Tracker {
@@ -76,6 +79,7 @@ impl Tracker {
         let look = Look {
             taken: 0,
             spent: 0,
+            held: 0,
             allowance: 0,
             wanted: 0,
             largest: 0,
@@ -89,7 +93,7 @@ impl Tracker {
                 hosts: 1,
                 ..Answer::default()
             },
-            current: Answer::default(),
+            granted: Grant::default(),
             look,
             looked_ns: now.ns,
             used_ns: now.ns,
@@ -136,7 +140,10 @@ impl Tracker {
         };
 
         let renew = kept > 0 && now.ns.saturating_sub(self.reported_ns) >= now.lease_ns / 3;
-        let changed = self.reported != Some((look.spent, kept)) || (self.local.is_some() && !locally);
+        let changed =
+            self.reported != Some((look.spent, kept, look.held)) || (self.local.is_some() && !locally);
+        let waited = self.reported.is_none() || now.ns.saturating_sub(self.reported_ns) >= now.defer_ns;
+        let changed = changed && waited;
         let hungry = look.wanted > 0 || (self.is_active(now) && wanted > 0 && spare < target / 2 + 1);
         if !(renew || changed || hungry) {
             self.doze(now, kept);
@@ -157,6 +164,7 @@ impl Tracker {
             kept,
             wanted,
             needed,
+            held: look.held,
         })
     }
 
@@ -164,7 +172,11 @@ impl Tracker {
     /// request asks.
     fn doze(&self, now: Now, kept: u64) {
         if kept == 0 && (self.known.is_some() || self.local.is_some()) {
-            self.put_in_force(self.look.allowance, &self.current, now.ns, now);
+            self.level.grant(&Grant {
+                allowance: self.look.allowance,
+                until_ns: valid_until_ns(now.ns, now),
+                ..self.granted
+            });
         }
     }
 
@@ -210,7 +222,7 @@ impl Tracker {
             return 0;
         }
         let one = self.largest.max(look.wanted).max(u64::from(self.is_active(now)));
-        if self.is_quiet(now) && self.current.free == 0 {
+        if self.is_quiet(now) && self.granted.free == 0 {
             // All there is left is in hosts' hands: not in those that do not use it.
             return 0;
         }
@@ -246,24 +258,24 @@ impl Tracker {
             self.known = Some(report.spent);
             self.last = *answer;
         }
-        self.current = *answer;
-        self.reported = Some((report.spent, answer.out));
-        self.put_in_force(report.spent.saturating_add(answer.out), answer, sent_ns, now);
-        self.look.allowance = self.look.allowance.max(report.spent.saturating_add(answer.out));
-    }
-
-    fn put_in_force(&self, allowance: u64, answer: &Answer, sent_ns: u64, now: Now) {
+        self.reported = Some((report.spent, answer.out, report.held));
+        let allowance = report.spent.saturating_add(answer.out);
         let reset_ns = match self.level.kind() {
-            Kind::Period { end_unix_ms } => end_unix_ms.saturating_sub(now.unix_ms).saturating_mul(1_000_000),
+            Kind::Period { end_unix_ms, .. } => {
+                end_unix_ms.saturating_sub(now.unix_ms).saturating_mul(1_000_000)
+            }
             _ => answer.reset_us.saturating_mul(1_000),
         };
-        self.level.grant(&Grant {
+        self.granted = Grant {
             allowance,
-            until_ns: sent_ns + now.lease_ns / 5 * FENCE_PARTS,
+            until_ns: valid_until_ns(sent_ns, now),
             free: answer.free,
             used: answer.used,
             reset_at_ns: now.ns.saturating_add(reset_ns),
-        });
+            settled_at_ns: sent_ns.saturating_add(answer.settled_us.saturating_mul(1_000)),
+        };
+        self.level.grant(&self.granted);
+        self.look.allowance = self.look.allowance.max(allowance);
     }
 
     /// Grants while the store is gone and hosts go on by themselves: this host's share of the amount and of what was used.
@@ -338,7 +350,7 @@ impl Tracker {
     }
 
     fn has_ended(&self, now: Now) -> bool {
-        matches!(self.level.kind(), Kind::Period { end_unix_ms } if end_unix_ms <= now.unix_ms)
+        matches!(self.level.kind(), Kind::Period { end_unix_ms, .. } if end_unix_ms <= now.unix_ms)
     }
 
     /// Takes the level out of use when nothing was asked of it for long. True: remove it from the directory, and go on
@@ -359,4 +371,9 @@ impl Tracker {
         let settled = Arc::strong_count(&self.level) == 1;
         self.retired && settled && self.known == Some(self.level.look().spent)
     }
+}
+
+/// Until when a lease is used that the store was asked for at `sent_ns`.
+fn valid_until_ns(sent_ns: u64, now: Now) -> u64 {
+    sent_ns + now.lease_ns / 5 * FENCE_PARTS
 }
