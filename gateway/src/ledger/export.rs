@@ -76,6 +76,7 @@ impl Exporter {
     /// Starts delivering what is in the journal and was not delivered before.
     pub fn start(config: &ClickHouse, state: &Path, public: Arc<Public>) -> anyhow::Result<Exporter> {
         let mut delivery = Delivery::new(config, state, public)?;
+        delivery.check_numbers();
         let (stop, stopped) = mpsc::channel();
         let (ending, done) = channel::bounded(0);
         let thread = std::thread::Builder::new()
@@ -157,6 +158,26 @@ impl Delivery {
             public,
             table_is_there: !config.create,
         })
+    }
+
+    /// Forgets how far cores are delivered whose numbering has begun anew, at the start of a run: somebody removed the books
+    /// by hand. What is there would otherwise pass for delivered until its numbers have caught up.
+    fn check_numbers(&mut self) {
+        self.position.cores.retain(|core, reached| {
+            // A core that does not run any more has no next segment.
+            let next = self.public.seq_next.get(core).copied().unwrap_or(u64::MAX);
+            if reached.seq >= next {
+                tracing::error!(
+                    core,
+                    delivered_up_to = reached.seq,
+                    begins_with = next,
+                    "journal and usage.db were removed by hand: the export begins anew with the oldest record that is \
+                     there; what was removed before it was exported is lost to it"
+                );
+            }
+            reached.seq < next
+        });
+        *self.public.exported() = self.position.cores.clone();
     }
 
     /// Delivers until it is told to stop.

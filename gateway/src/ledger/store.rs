@@ -141,6 +141,11 @@ impl Positions {
         }
     }
 
+    /// All segments that were not removed.
+    pub fn known(&self) -> impl Iterator<Item = &Position> {
+        self.by_name.values()
+    }
+
     /// Whether the segment was done and could be removed.
     pub fn removed(&self, name: Name) -> bool {
         self.removed.get(&name.core).is_some_and(|seq| name.seq <= *seq)

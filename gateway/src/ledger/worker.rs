@@ -139,6 +139,7 @@ impl Worker {
         let lanes = lanes(cores, &replayed, &positions);
         let public = Public {
             journals: lanes.iter().map(|lane| lane.shared.clone()).collect(),
+            seq_next: lanes.iter().map(|lane| (lane.core, lane.next_seq)).collect(),
             ..Public::default()
         };
         if config.export.is_some() {
@@ -150,6 +151,7 @@ impl Worker {
         if let Ok(mut status) = public.status.lock() {
             status.replayed = replayed.records;
             status.torn = replayed.torn;
+            status.missing_segments = replayed.missing;
         }
         let now = Instant::now();
         let mut worker = Worker {
