@@ -258,12 +258,13 @@ fn debt_finds_a_place_where_a_table_is_full() {
     }
     levels.charge(&query(3), 150, later(0));
     assert_eq!(levels.overflowed(), 0);
-    // The others' places are free again by then.
-    for (day, left) in [(1, 0), (2, 50)] {
-        let fits = levels.reserve(&query(3), left + 1, later(day)).is_ok();
-        assert!(!fits, "{day}");
-    }
-    use_up(&levels, &query(3), 50, later(2));
+    // The next day it counts with the others that find no place. Then the others' places are free again.
+    let then = Moment {
+        steady_ns: later(2).steady_ns + 3_600_000_000_000,
+        unix_ms: later(2).unix_ms + 3_600_000,
+    };
+    assert!(levels.reserve(&query(3), 51, then).is_err());
+    use_up(&levels, &query(3), 50, then);
 }
 
 #[test]
