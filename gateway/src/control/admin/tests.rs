@@ -281,7 +281,11 @@ fn clients_are_blocked_and_unblocked() {
         let net = server.ask("POST /kernel/block", net).await;
         assert_eq!(net.json()["net"], "198.51.100.0/24");
         assert_eq!(server.ask("GET /kernel/clients?max=7", "").await.status, 200);
-        assert_eq!(server.ask("GET /kernel/clients?max=no", "").await.status, 400);
+        let wrong = server.ask("GET /kernel/clients?max=no", "").await;
+        assert_eq!(
+            (wrong.status, &wrong.json()["error"]["code"]),
+            (400, &json!("bad_request"))
+        );
         let calls = server.plane.calls.lock().expect("calls").clone();
         let wanted = [
             "block 203.0.113.7/32 3600",
