@@ -53,9 +53,9 @@ pub struct AuditView {
     at: String,
     /// The name of the token; `signal` for a reload by SIGHUP.
     by: String,
-    /// create, update, rotate, revoke, delete, topup or reload.
+    /// create, update, rotate, revoke, delete, topup, reload, block or unblock.
     action: String,
-    /// key, team, budget or configuration.
+    /// key, team, budget, configuration or client.
     kind: String,
     id: String,
     name: String,
