@@ -24,9 +24,6 @@ use crate::net::words::Words;
 /// Places of a bucket: their keys fill one cache line.
 pub const WAYS: usize = 8;
 
-/// Free places at which a key's first bucket counts as nearly full.
-const WAYS_TO_SPARE: usize = 2;
-
 /// Words of a bucket: keys, pairs of level and held, ends.
 pub const BUCKET_WORDS: usize = 4 * WAYS;
 
@@ -196,16 +193,13 @@ impl Table {
         if let Some(place) = self.find(key) {
             return Ok(place);
         }
-        // The first bucket, where look-ups begin, as long as it has room to spare: a look-up in the second one costs
-        // another miss of the CPU's caches. Then the emptier one: that keeps both from filling up long before the table
-        // does.
+        // The emptier bucket first: that keeps both from filling up long before the table does.
         let free = |bucket: usize| {
             let words = self.bucket(bucket);
             let taken = |word: &&AtomicU64| word.load(Ordering::Relaxed) == 0;
             words[..WAYS].iter().filter(taken).count()
         };
-        let free_of_first = free(first);
-        let order = if free_of_first <= WAYS_TO_SPARE && free(second) > free_of_first {
+        let order = if free(second) > free(first) {
             [second, first]
         } else {
             [first, second]
