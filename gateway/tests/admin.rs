@@ -595,6 +595,28 @@ fn budgets_of_the_file_are_listed_with_how_they_stand() {
 }
 
 #[test]
+fn reloads_are_in_the_audit_log_whoever_asked_for_them() {
+    let fleet = fleet("tokens=1,pace=0,first=0");
+    let gateway = setup(fleet.url()).start();
+    assert_eq!(gateway.admin("POST /reload", "").status, 200);
+    gateway.signal(libc::SIGHUP);
+    let reloads = eventually("both reloads", || {
+        let log = gateway.admin("GET /v1/audit", "").json();
+        let entries = log["data"].as_array().expect("a list").clone();
+        let reloads: Vec<Value> = entries
+            .into_iter()
+            .filter(|entry| entry["action"] == "reload")
+            .collect();
+        (reloads.len() == 2).then_some(reloads)
+    });
+    assert_eq!([&reloads[0]["by"], &reloads[1]["by"]], ["signal", "admin"]);
+    for entry in reloads {
+        let done = entry["detail"]["done"].as_str().unwrap_or_default();
+        assert!(done.starts_with("reloaded, generation "), "{entry}");
+    }
+}
+
+#[test]
 fn a_key_has_limits_of_its_own_and_they_are_shown() {
     let fleet = fleet("tokens=1,pace=0,first=0");
     let setup = setup(fleet.url())

@@ -101,6 +101,53 @@ fn an_answer_that_is_not_streamed_is_read_on_too() {
     assert_eq!(fleet.stats().plain_aborted, 0);
 }
 
+/// Nobody can know what an upstream had generated that tells it with its last byte: the books have the input, and say so.
+#[test]
+fn an_answer_that_is_not_streamed_is_cancelled_and_its_input_charged() {
+    let fleet = fleet("tokens=6,pace=0,first=1h");
+    let setup = Setup::new(fleet.url()).model("head", "sim:tokens=6,slowhead=1h");
+    let gateway = setup.start();
+    for (place, model) in ["fast", "head"].into_iter().enumerate() {
+        let mut client = Client::connect(gateway.addr());
+        client.post(CHAT, &chat(model, false));
+        eventually("the request upstream", || {
+            (fleet.stats().requests > place as u64).then_some(())
+        });
+        drop(client);
+        eventually("the upstream's work cancelled", || {
+            (fleet.stats().plain_aborted > place as u64).then_some(())
+        });
+    }
+    for record in gateway.await_records(2) {
+        assert_eq!(record.outcome, Outcome::ClientGone);
+        assert!(
+            record.flags.has(Flags::ESTIMATED) && !record.flags.has(Flags::DRAINED),
+            "{record:?}"
+        );
+        assert!(record.usage.prompt > 0, "{record:?}");
+        assert_eq!(record.usage.completion, 0, "{record:?}");
+    }
+}
+
+#[test]
+fn what_is_read_on_of_a_provider_that_tells_nothing_is_estimated_by_its_text() {
+    let fleet = fleet("tokens=60,pace=0,first=400ms,usage=off");
+    let gateway = draining(&Setup::new(fleet.url()));
+    let mut client = Client::connect(gateway.addr());
+    client.post(CHAT, &chat("fast", false));
+    eventually("the request upstream", || {
+        (fleet.stats().requests > 0).then_some(())
+    });
+    drop(client);
+    let record = &gateway.await_records(1)[0];
+    assert!(
+        record.flags.has(Flags::DRAINED) && record.flags.has(Flags::ESTIMATED),
+        "{record:?}"
+    );
+    // Words of three or four bytes, by the rule of four bytes a token.
+    assert!((30..=120).contains(&record.usage.completion), "{record:?}");
+}
+
 #[test]
 fn reading_on_is_bounded_and_what_is_not_told_by_then_is_estimated() {
     let fleet = fleet("tokens=100000000,pace=0,first=0,size=4096");

@@ -126,6 +126,33 @@ fn an_error_event_where_that_is_configured_and_the_connection_goes_on() {
 }
 
 #[test]
+fn a_budget_of_the_run_time_ends_streams_and_takes_the_unpriced_as_it_says() {
+    let fleet = fleet("tokens=3000,pace=1ms,first=0");
+    let gateway = Setup::new(fleet.url())
+        .more("prices:\n  - { provider: \"*\", model: \"sim\", input: 1000, output: 1000 }\n")
+        .model("unknown", "unpriced")
+        .start();
+    let set = |more: &str| {
+        let body = format!(r#"{{"usd": "0.2", "every": "1d", "time_zone": "Europe/Berlin"{more}}}"#);
+        let answer = gateway.admin("PUT /v1/budgets/gateway/all", &body);
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    };
+    let ask = |model: &str| {
+        let mut client = Client::connect(gateway.addr());
+        let body = chat(model, false).replace("\"model\"", "\"max_tokens\":1,\"model\"");
+        client.post(CHAT, &body);
+        client.answer()
+    };
+    set("");
+    assert_eq!(ask("unknown").json()["error"]["code"], "price_unknown");
+    set(r#", "unpriced": "allow", "on_exhausted": "error""#);
+    assert_eq!(ask("unknown").status, 200);
+    let (text, told) = stream(&gateway, CHAT, &chat("fast", true));
+    let last = told.last().expect("events");
+    assert_eq!(last["error"]["code"], "limit_exhausted", "{text}");
+}
+
+#[test]
 fn responses_become_incomplete() {
     let fleet = fleet("tokens=3000,pace=1ms,first=0");
     let gateway = Setup::new(fleet.url())

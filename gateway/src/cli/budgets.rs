@@ -21,7 +21,7 @@ Examples:
   gateway budgets set team search --usd 500 --every 1mo --alerts 50,80,100
   gateway budgets set key alice
   gateway budgets topup key alice 25 --reference invoice-4711
-  gateway budgets set gateway --usd 20000 --every 1mo")]
+  gateway budgets set gateway --usd 20000 --every 1mo --time-zone Europe/Berlin --on-exhausted error")]
 pub struct Args {
     #[command(subcommand)]
     command: Command,
@@ -45,17 +45,26 @@ enum Command {
         #[command(flatten)]
         subject: Subject,
         /// Dollars a period, for example 12.50; absent: prepaid credit
-        #[arg(long)]
+        #[arg(long, requires = "every")]
         usd: Option<String>,
-        /// The period, for example 1d or 1mo; absent: the budget is there once
+        /// The period, for example 1d or 1mo
         #[arg(long, value_name = "SPAN", value_parser = parse_span, requires = "usd")]
         every: Option<Span>,
+        /// Time zone of periods of the calendar (1h, 1d, 1w, 1mo), for example Europe/Berlin; absent: UTC
+        #[arg(long, value_name = "ZONE", requires = "every")]
+        time_zone: Option<String>,
         /// Percents of use at which somebody is told, separated by commas
         #[arg(long, value_delimiter = ',')]
-        alerts: Vec<u8>,
+        alerts: Vec<u16>,
         /// Only tell, and refuse nothing
         #[arg(long)]
         soft: bool,
+        /// How a running stream ends when nothing is left: as though it had come to its length, or with an error
+        #[arg(long, value_enum, default_value_t = OnExhausted::Finish)]
+        on_exhausted: OnExhausted,
+        /// What becomes of requests for a model without a price
+        #[arg(long, value_enum, default_value_t = Unpriced::Refuse)]
+        unpriced: Unpriced,
         #[command(flatten)]
         admin: AdminArgs,
     },
@@ -81,6 +90,26 @@ enum Command {
         #[command(flatten)]
         admin: AdminArgs,
     },
+}
+
+/// How a running stream ends when nothing is left.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum OnExhausted {
+    Finish,
+    Error,
+}
+
+/// What becomes of a request whose cost nobody knows.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Unpriced {
+    Refuse,
+    Allow,
+}
+
+/// The word of a choice, as the command line and the API have it.
+fn word(choice: impl ValueEnum) -> String {
+    let value = choice.to_possible_value();
+    value.map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// Who has a budget.
@@ -124,11 +153,22 @@ pub fn run(args: &Args) -> ExitCode {
             subject,
             usd,
             every,
+            time_zone,
             alerts,
             soft,
+            on_exhausted,
+            unpriced,
             admin,
         } => {
-            let mut body = json!({ "alerts": alerts, "hard": !soft });
+            let mut body = json!({
+                "alerts": alerts,
+                "hard": !soft,
+                "on_exhausted": word(*on_exhausted),
+                "unpriced": word(*unpriced),
+            });
+            if let Some(zone) = time_zone {
+                body["time_zone"] = zone.as_str().into();
+            }
             if let Some(usd) = usd {
                 body["usd"] = usd.as_str().into();
             }
@@ -247,7 +287,22 @@ mod tests {
     fn lines_are_read() {
         for line in [
             &["budgets", "list", "--scope", "team"][..],
-            &["budgets", "set", "gateway", "--usd", "5"],
+            &["budgets", "set", "gateway"],
+            &[
+                "budgets",
+                "set",
+                "gateway",
+                "--usd",
+                "5",
+                "--every",
+                "1d",
+                "--time-zone",
+                "Asia/Tokyo",
+                "--on-exhausted",
+                "error",
+                "--unpriced",
+                "allow",
+            ],
             &[
                 "budgets", "set", "team", "search", "--usd", "5", "--every", "1mo", "--alerts", "50,80",
             ],
@@ -258,6 +313,8 @@ mod tests {
         }
         for line in [
             &["budgets", "set", "team", "search", "--every", "1mo"][..],
+            &["budgets", "set", "team", "search", "--usd", "5"],
+            &["budgets", "set", "team", "search", "--unpriced", "perhaps"],
             &["budgets", "set", "planet", "x"],
         ] {
             assert!(Line::try_parse_from(line).is_err(), "{line:?}");

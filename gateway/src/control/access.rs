@@ -13,10 +13,7 @@ use super::{
     store::{self, Changed, Db, Follow, Running, Store},
 };
 use crate::{
-    config::{
-        Config, key_hash, parse_sha256, schema,
-        units::{Dollars, parse_span},
-    },
+    config::{Config, key_hash, parse_sha256, schema},
     core::Shared,
     net::clock,
     quota::{Ids, Subject},
@@ -270,7 +267,7 @@ impl Access {
         let Some(subject) = subject_of(id) else { return };
         let quota = self.shared.snapshot.load().quota.clone();
         match new {
-            Some(budget) => drop(quota.budgets.set(subject, &as_in_file(budget, credit))),
+            Some(budget) => drop(quota.budgets.set(subject, &budget.as_in_file(credit))),
             None => {
                 quota.budgets.remove(&subject);
             }
@@ -397,25 +394,6 @@ fn moved(key: &Key, organization: Arc<str>) -> Key {
         disabled: key.disabled,
         own: key.own.clone(),
         life: key.life.clone(),
-    }
-}
-
-/// A budget as the configuration would have it.
-fn as_in_file(budget: &store::Budget, credit: i64) -> schema::Budget {
-    let prepaid = Dollars(u64::try_from(credit).unwrap_or_default());
-    schema::Budget {
-        usd: budget.nano_usd.map(Dollars),
-        credit: budget.nano_usd.is_none().then_some(prepaid),
-        every: budget.every.as_deref().and_then(|text| parse_span(text).ok()),
-        time_zone: None,
-        alerts: budget
-            .alerts
-            .iter()
-            .map(|percent| schema::Percent((*percent).into()))
-            .collect(),
-        hard: budget.hard,
-        on_exhausted: schema::OnExhausted::default(),
-        unpriced: schema::Unpriced::default(),
     }
 }
 

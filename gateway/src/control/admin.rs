@@ -26,6 +26,7 @@
 //! for a head and for a request, the size of heads and bodies.
 
 mod access;
+mod audit;
 mod budgets;
 pub mod kernel;
 mod keys;
@@ -72,9 +73,11 @@ use tokio::{
 
 use super::access::Directory;
 use crate::{config::schema::Role, telemetry::prometheus};
+use access::By;
 use kernel::Target;
 use routes::{Operation, Routes};
 
+pub use audit::note_reload;
 pub use token::{Guard, token, token_path, tokens};
 
 /// Connections at the same time; more wait in the listener's queue. A scraper and a few people.
@@ -267,9 +270,8 @@ fn described() -> Routes {
             state("reload", "Put the configuration file in force")
                 .answer::<Anything>(StatusCode::OK, "What was done."),
         );
-    limits::routes(budgets::routes(teams::routes(keys::routes(kernel::routes(
-        routes,
-    )))))
+    let routes = teams::routes(keys::routes(kernel::routes(routes)));
+    limits::routes(audit::routes(budgets::routes(routes)))
 }
 
 /// Figures for people; `gateway status` shows them.
@@ -349,8 +351,11 @@ async fn status(State(plane): State<Arc<dyn Plane>>) -> Json<Value> {
     Json(plane.status().await)
 }
 
-async fn reload(State(plane): State<Arc<dyn Plane>>) -> Result<Json<Value>, Failure> {
-    let message = plane.reload().map_err(|reason| {
+async fn reload(State(plane): State<Arc<dyn Plane>>, By(who): By) -> Result<Json<Value>, Failure> {
+    let result = plane.reload();
+    let store = plane.directory().store.clone();
+    audit::note_reload(store, who.name.to_string(), result.clone()).await;
+    let message = result.map_err(|reason| {
         tracing::warn!("a reload by the admin API is refused, the old configuration stays: {reason}");
         Failure::new(StatusCode::UNPROCESSABLE_ENTITY, "configuration_refused", reason)
     })?;

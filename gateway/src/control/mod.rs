@@ -326,8 +326,9 @@ async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals)
         let asked_to_end = tokio::select! {
             _ = ticks.tick() => false,
             _ = signals.hangup.recv() => {
-                // The reason of a refusal is in the log.
-                let _ = state.reload();
+                let noted = admin::note_reload(state.directory().store.clone(), "signal".into(), state.reload());
+                // Apart, so that a slow disk holds up no tick.
+                tokio::spawn(noted);
                 false
             }
             _ = signals.terminate.recv() => true,

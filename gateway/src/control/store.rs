@@ -39,8 +39,8 @@ pub use model::{
 };
 pub use teams::{NewTeam, TeamPatch};
 
-/// How far the stamp of another host's change may be ahead of this host's clock, milliseconds: ten minutes. Hosts with
-/// NTP agree to some milliseconds; a change from the far future would win over all others until then.
+/// How far the stamp of another host's change may be ahead of this host's clock before that is logged, milliseconds: ten
+/// minutes. Hosts with NTP agree to some milliseconds.
 pub const AHEAD_MS_MAX: u64 = 600_000;
 
 /// Changes that wait for the thread. More are refused: who sends so many may come back.
@@ -236,8 +236,9 @@ impl Store {
     }
 
     /// Takes over changes of other hosts. Again, late or out of order they change nothing that is newer. One whose stamp
-    /// is further ahead than [`AHEAD_MS_MAX`] is left out, and said so: it would stand against all later changes. The next
-    /// change of the same document by a host with a right clock is taken. Returns how many were news.
+    /// is further ahead than [`AHEAD_MS_MAX`] is taken too, and said so: a key that a host with a wrong clock revoked is
+    /// revoked. It does not stand against later changes, whose stamps are above those that they find; only against those of
+    /// hosts that had not heard of it. Returns how many were news.
     ///
     /// # Errors
     /// The database's, or a document is not understood; then none was taken over.
@@ -246,18 +247,17 @@ impl Store {
             let latest_ms = clock::unix_ms() + AHEAD_MS_MAX;
             let (mut news, mut ahead) = (0, 0u64);
             for change in &changes {
-                if change.stamp.unix_ms > latest_ms {
-                    ahead += 1;
-                    let (host, id) = (&change.stamp.host, &change.id);
-                    tracing::debug!(host, id, "a change is left out: its stamp is far ahead");
+                if !db.apply(change)? {
                     continue;
                 }
-                news += usize::from(db.apply(change)?);
+                news += 1;
+                ahead += u64::from(change.stamp.unix_ms > latest_ms);
             }
             if ahead > 0 {
                 tracing::error!(
                     ahead,
-                    "changes of other hosts are left out: their clocks, or this one's, are wrong by over ten minutes"
+                    "changes by clocks that are over ten minutes ahead of this host's: one of them is wrong, and what hosts \
+                     change at the same time may not end as the latest"
                 );
             }
             Ok(news)

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::Context;
 use crossbeam::channel;
 use serde::{Deserialize, Serialize};
 
@@ -27,8 +27,12 @@ use super::{
 };
 use crate::{
     bounds::{RECORD_BYTES_MAX, SEGMENT_BYTES},
-    config::{schema::ClickHouse, units::Secret},
+    config::schema::ClickHouse,
 };
+
+mod server;
+
+use server::Server;
 
 /// Name of the file in the state directory that says how far the export is.
 const POSITION: &str = "export.json";
@@ -38,10 +42,6 @@ const READ_BYTES: usize = 256 * 1024;
 
 /// Bytes of one insert, JSON. The batch ends at this or at its number of records.
 const INSERT_BYTES_MAX: usize = 32 * 1024 * 1024;
-
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A server that merges may take its time; a batch is sent again when it takes longer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a stopping gateway delivers what the last fold has brought. The rest is delivered by the next start.
 const LAST_DELIVERY_MAX: Duration = Duration::from_secs(5);
@@ -76,6 +76,7 @@ impl Exporter {
     /// Starts delivering what is in the journal and was not delivered before.
     pub fn start(config: &ClickHouse, state: &Path, public: Arc<Public>) -> anyhow::Result<Exporter> {
         let mut delivery = Delivery::new(config, state, public)?;
+        delivery.check_numbers();
         let (stop, stopped) = mpsc::channel();
         let (ending, done) = channel::bounded(0);
         let thread = std::thread::Builder::new()
@@ -157,6 +158,26 @@ impl Delivery {
             public,
             table_is_there: !config.create,
         })
+    }
+
+    /// Forgets how far cores are delivered whose numbering has begun anew, at the start of a run: somebody removed the books
+    /// by hand. What is there would otherwise pass for delivered until its numbers have caught up.
+    fn check_numbers(&mut self) {
+        self.position.cores.retain(|core, reached| {
+            // A core that does not run any more has no next segment.
+            let next = self.public.seq_next.get(core).copied().unwrap_or(u64::MAX);
+            if reached.seq >= next {
+                tracing::error!(
+                    core,
+                    delivered_up_to = reached.seq,
+                    begins_with = next,
+                    "journal and usage.db were removed by hand: the export begins anew with the oldest record that is \
+                     there; what was removed before it was exported is lost to it"
+                );
+            }
+            reached.seq < next
+        });
+        *self.public.exported() = self.position.cores.clone();
     }
 
     /// Delivers until it is told to stop.
@@ -374,133 +395,6 @@ fn write_position(file: &Path, position: &Position) -> anyhow::Result<()> {
     out.sync_all()?;
     fs::rename(&unfinished, file)?;
     Ok(())
-}
-
-/// The server's HTTP interface (clickhouse.com/docs/interfaces/http).
-struct Server {
-    agent: ureq::Agent,
-    url: String,
-    table: String,
-    user: Option<String>,
-    password: Option<Secret>,
-    /// For the whole of a request.
-    answer_timeout: Duration,
-}
-
-impl Server {
-    fn new(config: &ClickHouse) -> Server {
-        let agent = ureq::Agent::config_builder()
-            .timeout_connect(Some(CONNECT_TIMEOUT))
-            .http_status_as_error(false)
-            // The password must not follow to another server.
-            .max_redirects(0)
-            .build();
-        Server {
-            agent: agent.into(),
-            url: config.url.trim_end_matches('/').to_owned(),
-            table: config.table.clone(),
-            user: config.user.clone(),
-            password: config.password.clone(),
-            answer_timeout: ANSWER_TIMEOUT,
-        }
-    }
-
-    fn create_table(&self) -> anyhow::Result<()> {
-        self.post(&[], create_table(&self.table).as_bytes())
-    }
-
-    fn insert(&self, json: &[u8]) -> anyhow::Result<()> {
-        let query = format!("INSERT INTO {} FORMAT JSONEachRow", self.table);
-        let settings = [
-            ("query", query.as_str()),
-            // A table that the operator made may have fewer columns.
-            ("input_format_skip_unknown_fields", "1"),
-            ("date_time_input_format", "best_effort"),
-        ];
-        self.post(&settings, json)
-    }
-
-    fn post(&self, query: &[(&str, &str)], body: &[u8]) -> anyhow::Result<()> {
-        let mut request = self.agent.post(format!("{}/", self.url));
-        for (name, value) in query {
-            request = request.query(name, value);
-        }
-        if let Some(user) = &self.user {
-            request = request.header("x-clickhouse-user", user);
-        }
-        if let Some(password) = &self.password {
-            request = request.header("x-clickhouse-key", password.expose());
-        }
-        let mut answer = request
-            .config()
-            .timeout_global(Some(self.answer_timeout))
-            .build()
-            .send(body)
-            .map_err(|error| anyhow::anyhow!("{}: {error}", self.url))?;
-        let status = answer.status();
-        let text = answer
-            .body_mut()
-            .with_config()
-            .limit(2048)
-            .lossy_utf8(true)
-            .read_to_string();
-        if !status.is_success() {
-            let text = text.unwrap_or_default();
-            let first = text.lines().next().unwrap_or_default();
-            bail!("{} answers {status}: {first}", self.url);
-        }
-        Ok(())
-    }
-}
-
-/// The statement that makes the table. Duplicates have the same time and id: `SELECT … FINAL` leaves them out.
-pub fn create_table(table: &str) -> String {
-    const NAMES: [&str; 10] = [
-        "key",
-        "team",
-        "organization",
-        "model",
-        "provider",
-        "upstream_model",
-        "endpoint",
-        "api",
-        "outcome",
-        "finish_reason",
-    ];
-    const FLAGS: [&str; 9] = [
-        "stream",
-        "estimated",
-        "retried",
-        "fallback",
-        "cut",
-        "upstream_error",
-        "cache_hit",
-        "drained",
-        "clamped",
-    ];
-    const NUMBERS: [&str; 10] = [
-        "prompt_tokens",
-        "cached_tokens",
-        "cache_write_5m_tokens",
-        "cache_write_1h_tokens",
-        "completion_tokens",
-        "reasoning_tokens",
-        "ttft_us",
-        "duration_us",
-        "bytes_in",
-        "bytes_out",
-    ];
-    let columns = |names: &[&str], kind: &str| -> String {
-        names.iter().map(|name| format!("    {name} {kind},\n")).collect()
-    };
-    format!(
-        "CREATE TABLE IF NOT EXISTS {table} (\n    time DateTime64(3, 'UTC'),\n    id String,\n    user String,\n    \
-         tags String,\n    tier LowCardinality(String),\n{}{}{}    status UInt16,\n    attempts UInt8,\n    \
-         fallback_index UInt8,\n    cost_nano_usd Nullable(UInt64)\n) ENGINE = ReplacingMergeTree ORDER BY (time, id)",
-        columns(&NAMES, "LowCardinality(String)"),
-        columns(&FLAGS, "Bool"),
-        columns(&NUMBERS, "UInt64"),
-    )
 }
 
 #[cfg(test)]

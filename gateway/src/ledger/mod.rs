@@ -92,6 +92,9 @@ pub struct LedgerStatus {
     pub archive_bytes: u64,
     /// Places in segments where no whole record stands, found since start.
     pub torn: u64,
+    /// Segments with records that the start did not find, though nobody but the gateway should remove them. Their folded
+    /// part is in the sums; their records are gone.
+    pub missing_segments: u64,
     /// Failed operations on files and the database since start. All but those on start are tried again.
     pub io_errors: u64,
     /// Segments whose file could not be synced and was written anew since start.
@@ -122,6 +125,8 @@ struct Public {
     readable: Mutex<BTreeMap<Name, usize>>,
     /// For the export: how far each core is delivered.
     exported: Mutex<BTreeMap<u32, export::Reached>>,
+    /// For the export: of each core the sequence number of this run's first segment.
+    seq_next: BTreeMap<u32, u64>,
 }
 
 impl Public {

@@ -1,7 +1,7 @@
 //! At start: what earlier runs left in the journal is put into the sums.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     fs::{self, File},
     io::{self, Read},
     path::{Path, PathBuf},
@@ -27,6 +27,8 @@ pub struct Replayed {
     pub records: u64,
     /// Places where no whole record stands.
     pub torn: u64,
+    /// Segments with records whose file is gone, though it was not removed by a gateway.
+    pub missing: u64,
 }
 
 /// Replays all segments of a journal that nobody writes to. May be stopped anywhere and begun anew.
@@ -34,6 +36,7 @@ pub fn replay(journal: &Path, store: &mut Store) -> anyhow::Result<Replayed> {
     remove_unfinished(journal)?;
     let positions = store.positions().context("cannot read usage.db")?;
     let mut replayed = Replayed::default();
+    let mut present = HashSet::new();
     for (name, path) in
         segment::list(journal).with_context(|| format!("cannot list {}", journal.display()))?
     {
@@ -41,6 +44,27 @@ pub fn replay(journal: &Path, store: &mut Store) -> anyhow::Result<Replayed> {
         *seq_max = name.seq.max(*seq_max);
         replay_segment(name, &path, &positions, store, &mut replayed)
             .with_context(|| format!("cannot replay {}", path.display()))?;
+        present.insert(name);
+    }
+    for position in positions.known() {
+        if !present.contains(&position.name) && position.bytes > FRAMES_AT {
+            replayed.missing += 1;
+            tracing::error!(
+                file = position.name.file(),
+                in_sums_bytes = position.bytes,
+                "a journal segment is gone, removed by hand or set aside as damaged: its records can be neither shown nor \
+                 exported, and what of it was not in the sums is lost"
+            );
+            // Said once; its number is not given again.
+            let told = Position {
+                bytes: 0,
+                done: true,
+                ..*position
+            };
+            store
+                .fold(&Sums::default(), &[told])
+                .context("cannot write usage.db")?;
+        }
     }
     Ok(replayed)
 }

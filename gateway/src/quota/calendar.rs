@@ -60,6 +60,11 @@ impl Calendar {
         self.part
     }
 
+    /// The time zone's name in the IANA database; `None` for one that has none.
+    pub fn zone(&self) -> Option<&str> {
+        self.zone.iana_name()
+    }
+
     /// The period that holds a moment.
     pub fn period(&self, unix_ms: u64) -> Period {
         if let Some(period) = self.now.load().as_ref()

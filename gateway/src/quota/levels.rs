@@ -18,17 +18,14 @@ use super::{
     leases::Directory,
     shared::{self, Lease},
     state,
-    table::{BY_WORD, FOREVER, Full, Place, Table, WHILE_ANY},
+    table::{Full, Place, Table},
     window::{self, Slide, Standing, Window},
 };
 use crate::net::{clock, words::Words};
 
-/// Periods that a debt is looked for in, back from the present one.
-const DEBT_PERIODS_MAX: u64 = 32;
+mod at;
 
-/// How long a level stays after the last moment at which it counts, nanoseconds: requests that have just looked it up
-/// are done with it by then.
-const GRACE_NS: u64 = 10_000_000_000;
+use at::At;
 
 /// The two clocks of limits at one moment.
 #[derive(Debug, Clone, Copy)]
@@ -228,7 +225,12 @@ impl Levels {
             let word = table.value(at.place);
             let mut seen = word.load(Ordering::Relaxed);
             let (cost, standing) = loop {
-                let (after, cost, standing) = at.take(query, seen, units, now).map_err(Refused::Exhausted)?;
+                let (after, cost, standing) = match at.take(query, seen, units, now) {
+                    Ok(taken) => taken,
+                    Err(standing) => {
+                        return Err(self.refusal(&at, query, shelf, (seen, units), standing, now));
+                    }
+                };
                 // The word guards no other memory, and the swap itself is the check; the order is for `is_still`.
                 match word.compare_exchange_weak(seen, after, Ordering::AcqRel, Ordering::Relaxed) {
                     Ok(_) => break (cost, standing),
@@ -246,7 +248,6 @@ impl Levels {
                 let held_ns = table.held(at.place).fetch_add(cost, Ordering::AcqRel);
                 settled_ns = seen.saturating_sub(now.steady_ns).saturating_sub(held_ns);
             }
-            at.stay(table, query.amount, word.load(Ordering::Relaxed));
             let taken = Taken {
                 lease: None,
                 shelf,
@@ -302,7 +303,11 @@ impl Levels {
             ..*query
         };
         // Where there is no place even on the overflow shelf, nothing can be counted; that was counted.
-        let _ = self.reserve_here(&soft, units, now);
+        if let Ok((taken, _)) = self.reserve_here(&soft, units, now)
+            && query.hard
+        {
+            self.note_overuse(query, &taken, units, now);
+        }
         if let Some(directory) = &self.shared {
             shared::charge(directory, query, units, now);
         }
@@ -326,7 +331,7 @@ impl Levels {
             return standing;
         }
         match self.peek(query, now) {
-            Some((at, value)) => at.standing(query, value, 0, now),
+            Some((at, value)) => at.standing(query, value, 0, 0, now),
             None => Standing {
                 remaining: query.amount,
                 ..Standing::default()
@@ -406,8 +411,6 @@ impl Levels {
                 let slide = Slide::at(*ns, now.steady_ns);
                 at.before = self.value_of(shelf, mix(id, slide.number.wrapping_sub(1)));
                 at.slide = Some(slide);
-                at.ends_ns = now.steady_ns + (ns - slide.over_ns);
-                at.length_ns = *ns;
             }
             Window::Calendar(_) => {
                 if let Some(period) = period {
@@ -425,47 +428,6 @@ impl Levels {
         let place = table.find(key);
         place.map_or(0, |place| table.value(place).load(Ordering::Relaxed))
     }
-
-    /// What a new level begins with: its value, which is the debt of the periods before, and its end.
-    fn begin(
-        &self,
-        query: &Query<'_>,
-        shelf: Shelf,
-        id: u64,
-        period: Option<Period>,
-        now: Moment,
-    ) -> (u64, u64) {
-        match query.window {
-            Window::Bucket { .. } => (0, BY_WORD),
-            Window::Never => (0, FOREVER),
-            Window::Parallel => (0, WHILE_ANY),
-            Window::Sliding { ns } => {
-                let slide = Slide::at(*ns, now.steady_ns);
-                let debt = (1..=DEBT_PERIODS_MAX.min(slide.number))
-                    .find_map(|back| {
-                        let value = self.value_of(shelf, mix(id, slide.number - back));
-                        (value > 0).then(|| value.saturating_sub(query.amount.saturating_mul(back)))
-                    })
-                    .unwrap_or(0);
-                (debt, now.steady_ns + (ns - slide.over_ns) + ns + GRACE_NS)
-            }
-            Window::Calendar(calendar) => {
-                let Some(period) = period else { return (0, FOREVER) };
-                let (mut before, mut debt) = (period, 0);
-                for back in 1..=DEBT_PERIODS_MAX {
-                    before = calendar.before(before);
-                    let value = self.value_of(shelf, mix(id, before.start_ms));
-                    if value > 0 {
-                        debt = value.saturating_sub(query.amount.saturating_mul(back));
-                        break;
-                    }
-                }
-                // One more period, so that a debt and a clock that was set back find it.
-                let left_ms = period.end_ms.saturating_sub(now.unix_ms) + (period.end_ms - period.start_ms);
-                (debt, now.steady_ns + left_ms * 1_000_000 + GRACE_NS)
-            }
-        }
-    }
 }
 
 /// The key of a query's level at a moment, and the calendar's period.
@@ -480,90 +442,6 @@ fn key_of(query: &Query<'_>, id: u64, now: Moment) -> (u64, Option<Period>) {
     }
 }
 
-/// A level that was found, with what its window adds to it.
-struct At {
-    place: Place,
-    /// The level of the window before.
-    before: u64,
-    slide: Option<Slide>,
-    /// When its period ends, by the limits' clock, and how long one is.
-    ends_ns: u64,
-    length_ns: u64,
-}
-
-impl At {
-    /// The word after `units` more, what they cost in it, and how the level stands then.
-    fn take(
-        &self,
-        query: &Query<'_>,
-        seen: u64,
-        units: u64,
-        now: Moment,
-    ) -> Result<(u64, u64, Standing), Standing> {
-        if let Window::Bucket { ns } = query.window {
-            let cost = window::cost_ns(query.amount, *ns, units);
-            let after = window::bucket_take(query.amount, *ns, seen, cost, now.steady_ns, query.hard)?;
-            let standing = window::bucket_standing(query.amount, *ns, after, now.steady_ns);
-            // A level below "now" is raised to it: that part is not what the units cost.
-            return Ok((after, cost.min(after - seen.min(after)), standing));
-        }
-        let after = seen.saturating_add(units);
-        let counted = after.saturating_add(self.weighed(query));
-        if counted > query.amount && query.hard {
-            return Err(self.standing(query, seen, units, now));
-        }
-        Ok((after, after - seen, self.standing(query, after, 0, now)))
-    }
-
-    /// What the window before adds.
-    fn weighed(&self, query: &Query<'_>) -> u64 {
-        match (&self.slide, query.window) {
-            (Some(slide), Window::Sliding { ns }) => slide.of_before(self.before, query.amount, *ns),
-            _ => 0,
-        }
-    }
-
-    fn standing(&self, query: &Query<'_>, value: u64, asked: u64, now: Moment) -> Standing {
-        let amount = query.amount;
-        match (query.window, &self.slide) {
-            (Window::Bucket { ns }, _) => window::bucket_standing(amount, *ns, value, now.steady_ns),
-            (Window::Sliding { ns }, Some(slide)) => slide.standing(amount, *ns, self.before, value, asked),
-            (Window::Calendar(_), _) => {
-                let reset_ns = self.ends_ns.saturating_sub(now.steady_ns);
-                let debt_periods = value.saturating_sub(amount) / amount.max(1);
-                let wait_ns = reset_ns.saturating_add(debt_periods.saturating_mul(self.length_ns));
-                Standing {
-                    remaining: amount.saturating_sub(value),
-                    reset_ns,
-                    retry_after_ns: if asked > amount.saturating_sub(value) {
-                        wait_ns
-                    } else {
-                        0
-                    },
-                }
-            }
-            (Window::Never | Window::Parallel | Window::Sliding { .. }, _) => Standing {
-                remaining: amount.saturating_sub(value),
-                ..Standing::default()
-            },
-        }
-    }
-
-    /// Keeps a level in debt for as long as the debt lasts.
-    fn stay(&self, table: &Table, amount: u64, value: u64) {
-        if self.length_ns == 0 || value <= amount {
-            return;
-        }
-        let periods = (value / amount.max(1) + 1).min(DEBT_PERIODS_MAX);
-        let until_ns = self
-            .ends_ns
-            .saturating_add(periods.saturating_mul(self.length_ns))
-            .saturating_add(GRACE_NS)
-            .min(FOREVER - 1);
-        table.until(self.place).fetch_max(until_ns, Ordering::AcqRel);
-    }
-}
-
 /// Subtracts, and stops at 0.
 fn subtract(word: &AtomicU64, less: u64) {
     let _ = word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, |value| {
@@ -571,5 +449,6 @@ fn subtract(word: &AtomicU64, less: u64) {
     });
 }
 
+mod debt;
 #[cfg(test)]
 mod tests;

@@ -107,6 +107,8 @@ pub struct Reservation {
     admitted: usize,
     /// Policies that are asked when a target is chosen.
     of_providers: Vec<u32>,
+    /// The request has been sent to the provider that was chosen last.
+    sent: bool,
     /// Output tokens that the holds permit; without a bound `u64::MAX`.
     output_allowed: u64,
     settled: bool,
@@ -160,6 +162,7 @@ pub fn admit(
         holds: Vec::new(),
         admitted: 0,
         of_providers: Vec::new(),
+        sent: false,
         output_allowed: u64::MAX,
         settled: false,
     };
@@ -276,7 +279,8 @@ impl Reservation {
     }
 
     /// Reserves against the policies that concern a provider, before the request is sent there; what was held for
-    /// another provider goes back.
+    /// another provider goes back, but for the request itself where it was sent: it counts there, as it does in the
+    /// provider's own books.
     ///
     /// # Errors
     /// The first that says no: this target is not to be used.
@@ -285,6 +289,9 @@ impl Reservation {
             return Ok(());
         }
         let now = self.quota.levels.now();
+        if std::mem::take(&mut self.sent) {
+            self.keep_requests();
+        }
         self.release_from(self.admitted, now);
         self.output_allowed = self.holds.iter().fold(u64::MAX, |least, hold| {
             let rule = hold.source.rule(&self.policies);
@@ -306,6 +313,27 @@ impl Reservation {
             }
         }
         Ok(())
+    }
+
+    /// Notes that the request was sent to the provider that was chosen.
+    pub fn sent(&mut self) {
+        self.sent = true;
+    }
+
+    /// Lets stand what limits of requests have counted for the provider that was chosen.
+    fn keep_requests(&mut self) {
+        let of_provider = self.admitted..self.holds.len();
+        for place in of_provider.rev() {
+            let hold = &self.holds[place];
+            if hold.source.rule(&self.policies).unit == Unit::Requests {
+                self.quota.levels.keep(&hold.taken, hold.reserved);
+                self.holds.remove(place);
+            }
+        }
+        self.holds[self.admitted..]
+            .iter_mut()
+            .zip(self.admitted..)
+            .for_each(|(hold, place)| hold.root = place);
     }
 
     /// Output tokens that may be delivered before [`Reservation::extend`] is to be asked; without a bound `u64::MAX`.

@@ -226,6 +226,24 @@ mod tests {
     }
 
     #[test]
+    fn debt_outlives_a_restart() {
+        let window = Window::Sliding { ns: 1 << 50 };
+        let levels = fresh();
+        let (query, now) = (query(&window, 5 << 40), levels.now());
+        levels.reserve(&query, 30, now).expect("room");
+        levels.charge(&query, 150, now);
+        let (levels, _) = restart(&levels, 4096, |_| {});
+        let now = levels.now();
+        let next = crate::quota::levels::Moment {
+            steady_ns: now.steady_ns + (1 << 50),
+            ..now
+        };
+        let _ = levels.reserve(&query, 1, next);
+        // What ran when it died came back: 150 were used, 50 beyond the amount.
+        assert_eq!(levels.settled(&query, next), 50);
+    }
+
+    #[test]
     fn a_wall_clock_that_was_set_while_nothing_ran_changes_nothing() {
         let window = Window::Bucket {
             ns: 3_600_000_000_000,

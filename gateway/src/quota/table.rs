@@ -80,6 +80,13 @@ pub struct Table {
     used: AtomicUsize,
 }
 
+impl Place {
+    /// The key that it was found by.
+    pub fn key(self) -> u64 {
+        self.key
+    }
+}
+
 impl Table {
     /// Words that a table of at least `places` places needs.
     pub fn words_for(places: usize) -> usize {

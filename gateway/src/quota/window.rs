@@ -100,8 +100,16 @@ impl Slide {
         (u128::from(before.min(amount)) * covered).div_ceil(u128::from(window_ns.max(1))) as u64
     }
 
-    /// How the window stands, and, for `asked` units that do not fit, when they will.
-    pub fn standing(&self, amount: u64, window_ns: u64, before: u64, now: u64, asked: u64) -> Standing {
+    /// How the window stands, and, for `asked` units that do not fit, when they will. `debt` of what is used now is carried
+    /// into later windows.
+    pub fn standing(
+        &self,
+        amount: u64,
+        window_ns: u64,
+        before: u64,
+        now: u64,
+        (asked, debt): (u64, u64),
+    ) -> Standing {
         let weighed = self.of_before(before, amount, window_ns);
         let left_ns = window_ns - self.over_ns.min(window_ns);
         let remaining = amount.saturating_sub(weighed.saturating_add(now));
@@ -119,7 +127,7 @@ impl Slide {
                 let room = u128::from(amount.saturating_sub(asked));
                 let full = u128::from(now.min(amount).max(1));
                 let covered = (room * u128::from(window_ns) / full).min(u128::from(window_ns)) as u64;
-                let debt_windows = now.saturating_sub(amount) / amount.max(1);
+                let debt_windows = debt / amount.max(1);
                 left_ns
                     .saturating_add(window_ns - covered)
                     .saturating_add(window_ns.saturating_mul(debt_windows))
@@ -148,7 +156,7 @@ mod tests {
         assert_eq!(at(MINUTE - 1).of_before(100, 100, MINUTE), 1);
         // Debt of the window before has been carried into this one.
         assert_eq!(at(MINUTE / 2).of_before(900, 100, MINUTE), 50);
-        let standing = at(MINUTE / 4).standing(100, MINUTE, 100, 5, 30);
+        let standing = at(MINUTE / 4).standing(100, MINUTE, 100, 5, (30, 0));
         assert_eq!((standing.remaining, standing.retry_after_ns), (20, MINUTE / 10));
     }
 
@@ -158,7 +166,7 @@ mod tests {
                 asked in 1u64..1_000, over in 0u64..MINUTE) {
             prop_assume!(asked <= amount && now <= amount);
             let slide = Slide { number: 5, over_ns: over };
-            let standing = slide.standing(amount, MINUTE, before, now, asked);
+            let standing = slide.standing(amount, MINUTE, before, now, (asked, 0));
             prop_assume!(standing.retry_after_ns > 0);
             let then = 5 * MINUTE + over + standing.retry_after_ns;
             let later = Slide::at(MINUTE, then);

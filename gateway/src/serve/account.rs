@@ -224,6 +224,9 @@ impl Account {
     /// Notes that the request is on its way.
     pub fn dispatched(&mut self) {
         self.dispatched_ns = clock::monotonic_ns();
+        if let Some(reservation) = &mut self.reservation {
+            reservation.sent();
+        }
     }
 
     /// Notes the status that the client is sent, and whether it is a stream.

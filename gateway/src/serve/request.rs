@@ -567,9 +567,13 @@ async fn dispatch(
             Either::Second(ends) => Either::Second(ends),
         }
     };
-    let prompt_only = Usage {
-        prompt: account.input_estimated(),
-        ..Usage::default()
+    // What was not sent was not worked on.
+    let prompt_only = match account.dispatched_ns() {
+        0 => Usage::default(),
+        _ => Usage {
+            prompt: account.input_estimated(),
+            ..Usage::default()
+        },
     };
     let (error, outcome, usage) = match dispatched {
         Either::First(Ok((upstream, false))) => return Ok(upstream),
@@ -586,7 +590,7 @@ async fn dispatch(
         }
         Either::First(Err(error)) => (error, Outcome::UpstreamFailed, Usage::default()),
         Either::Second(Either::First(())) => {
-            account.settle(Outcome::ClientGone, prompt_only, true);
+            account.settle(Outcome::ClientGone, prompt_only, prompt_only != Usage::default());
             return Err(Refusal::Gone);
         }
         Either::Second(Either::Second(end)) => (end.error(), Outcome::Stopped, prompt_only),

@@ -254,7 +254,7 @@ pub struct Budget {
     /// Time zone of calendar periods, as in `Europe/Berlin`. Absent: UTC.
     #[serde(default)]
     pub time_zone: Option<String>,
-    /// Shares at which the log, a metric and the webhook tell of it, as in `[50%, 80%, 100%]`; at most 8.
+    /// Shares at which the log, a metric and the webhook tell of it, as in `[50%, 80%, 100%]`; at most 10.
     #[serde(default)]
     #[schemars(length(max = ALERTS_MAX))]
     pub alerts: Vec<Percent>,
@@ -270,7 +270,7 @@ pub struct Budget {
 }
 
 /// Alerts of one budget.
-pub const ALERTS_MAX: usize = 8;
+pub const ALERTS_MAX: usize = 10;
 
 fn yes() -> bool {
     true

@@ -1,4 +1,4 @@
-//! `/v1/budgets`: what may be spent, and prepaid credit. Also `/v1/audit`: who changed what.
+//! `/v1/budgets`: what may be spent, and prepaid credit.
 
 use std::sync::Arc;
 
@@ -21,8 +21,9 @@ use super::{
     routes::{App, Operation, Routes},
 };
 use crate::{
-    control::store::{self, Budget, BudgetSettings, Db, Entry, NewTopUp, Row, Scope, Standing, TopUp, usd},
-    quota::{self, Quota, Subject},
+    config::schema::{OnExhausted, Unpriced},
+    control::store::{self, Budget, BudgetSettings, Db, NewTopUp, Row, Scope, Standing, TopUp, usd},
+    quota::{self, Quota, Subject, window::Window},
 };
 
 pub fn routes(routes: Routes) -> Routes {
@@ -75,13 +76,6 @@ pub fn routes(routes: Routes) -> Routes {
                 .answer::<BudgetView>(StatusCode::CREATED, "It was added.")
                 .answer::<BudgetView>(StatusCode::OK, "It had been added before."),
         )
-        .get(
-            "/v1/audit",
-            audit,
-            Operation::new("listAudit", "audit", "List who changed what, the newest first")
-                .query::<AuditQuery>()
-                .answer::<AuditList>(StatusCode::OK, "A page of changes."),
-        )
 }
 
 /// Which budgets to list.
@@ -106,13 +100,17 @@ pub struct BudgetView {
     source: Source,
     /// Dollars a period; null: prepaid credit.
     usd: Option<String>,
-    /// The period; null: the budget is there once.
+    /// The period; null for credit.
     every: Option<String>,
+    /// Of calendar periods; null for others.
+    time_zone: Option<String>,
     /// Percents of use at which somebody is told.
     alerts: Vec<u16>,
     /// Those of them that were told in this period.
     alerts_told: Vec<u16>,
     hard: bool,
+    on_exhausted: OnExhausted,
+    unpriced: Unpriced,
     /// All prepaid dollars that were added, used ones too.
     credit_usd: String,
     /// Dollars used for good in this period, of the credit in all.
@@ -168,9 +166,12 @@ impl BudgetView {
             source: Source::Runtime,
             usd: budget.nano_usd.map(dollars),
             every: budget.every.clone(),
-            alerts: budget.alerts.iter().map(|percent| (*percent).into()).collect(),
+            time_zone: stands.as_ref().and_then(|stands| zone(&stands.budget)),
+            alerts: budget.alerts.clone(),
             alerts_told: Vec::new(),
             hard: budget.hard,
+            on_exhausted: budget.on_exhausted,
+            unpriced: budget.unpriced,
             credit_usd: usd(*credit),
             spent_usd: usd(0),
             reserved_usd: usd(0),
@@ -202,9 +203,12 @@ impl BudgetView {
                 .next_back()
                 .filter(|_| !is_credit)
                 .map(str::to_owned),
+            time_zone: zone(budget),
             alerts: budget.alerts().to_vec(),
             alerts_told: Vec::new(),
             hard: budget.rule.hard,
+            on_exhausted: budget.rule.on_exhausted,
+            unpriced: budget.rule.unpriced,
             credit_usd: if is_credit { dollars(stands.amount) } else { usd(0) },
             spent_usd: usd(0),
             reserved_usd: usd(0),
@@ -231,6 +235,14 @@ impl BudgetView {
     fn answer(app: &App, status: StatusCode, standing: &Standing) -> Response {
         let quota = quota_of(app);
         Tagged::row(status, &standing.0, BudgetView::of(standing, &quota)).into_response()
+    }
+}
+
+/// The time zone by which a budget counts, where it is of the calendar.
+fn zone(budget: &quota::budget::Budget) -> Option<String> {
+    match &budget.rule.window {
+        Window::Calendar(calendar) => Some(calendar.zone()?.to_owned()),
+        _ => None,
     }
 }
 
@@ -404,68 +416,4 @@ async fn top_up(
         StatusCode::OK
     };
     Ok(BudgetView::answer(&app, status, &standing))
-}
-
-/// Which changes to list.
-#[derive(Debug, Default, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct AuditQuery {
-    /// Entries at most, 1 to 1000.
-    #[schemars(range(min = 1, max = PAGE_MAX))]
-    limit: Option<usize>,
-    /// Only entries with a smaller `seq`: the `next` of the page before.
-    before: Option<u64>,
-}
-
-/// A change by an administrator.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct AuditView {
-    seq: u64,
-    at: String,
-    /// The name of the token.
-    by: String,
-    /// create, update, rotate, revoke, delete or topup.
-    action: String,
-    /// key, team or budget.
-    kind: String,
-    id: String,
-    name: String,
-    /// What was asked for.
-    detail: serde_json::Value,
-}
-
-/// A page of changes.
-#[derive(Debug, Serialize, JsonSchema)]
-pub struct AuditList {
-    data: Vec<AuditView>,
-    /// `before` of the next page; null at the end.
-    next: Option<u64>,
-}
-
-async fn audit(
-    State(app): State<App>,
-    Params(query): Params<AuditQuery>,
-) -> Result<Json<AuditList>, Failure> {
-    let size = page_size(query.limit)?;
-    let before = query.before.unwrap_or(u64::MAX);
-    let look = move |db: &mut Db| db.audit_before(before, size);
-    let entries = app.directory().store.change(look).await?;
-    let next = entries
-        .last()
-        .filter(|_| entries.len() == size)
-        .map(|entry| entry.seq);
-    let view = |entry: Entry| AuditView {
-        seq: entry.seq,
-        at: moment(entry.unix_ms),
-        by: entry.actor,
-        action: entry.action,
-        kind: entry.kind,
-        id: entry.id,
-        name: entry.name,
-        detail: entry.detail,
-    };
-    Ok(Json(AuditList {
-        data: entries.into_iter().map(view).collect(),
-        next,
-    }))
 }

@@ -2,19 +2,16 @@
 
 use std::{net::IpAddr, str::FromStr, time::Duration};
 
-use axum::{
-    Json,
-    body::Bytes,
-    extract::{Query, State},
-    http::StatusCode,
-};
+use axum::{Json, body::Bytes, extract::State, http::StatusCode};
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, de};
 use serde_json::{Value, json};
 
 use super::{
-    Anything, Failure, parse,
+    Anything, Failure,
+    access::Params,
+    parse,
     routes::{App, Operation, Routes},
     state::write_counters,
 };
@@ -233,7 +230,7 @@ struct List {
     max: Option<usize>,
 }
 
-async fn list(State(plane): State<App>, query: Query<List>) -> Result<Json<Value>, Failure> {
+async fn list(State(plane): State<App>, Params(query): Params<List>) -> Result<Json<Value>, Failure> {
     let max = query.max.unwrap_or(CLIENTS_LISTED).min(CLIENTS_LISTED_MAX);
     let clients = plane.kernel_clients(max).map_err(Failure::conflict)?;
     Ok(Json(json!({ "clients": clients })))

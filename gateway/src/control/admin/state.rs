@@ -24,7 +24,7 @@ use crate::{
 const LEVEL_TABLES: [&str; 3] = ["own", "guests", "parallel"];
 
 /// Counters of the ledger: field of its status, metric, help.
-const LEDGER_COUNTERS: [(&str, &str, &str); 9] = [
+const LEDGER_COUNTERS: [(&str, &str, &str); 10] = [
     (
         "records",
         "gateway_ledger_records_total",
@@ -44,6 +44,11 @@ const LEDGER_COUNTERS: [(&str, &str, &str); 9] = [
         "torn",
         "gateway_ledger_torn_total",
         "Places in segments where no whole record stands.",
+    ),
+    (
+        "missing_segments",
+        "gateway_ledger_missing_segments_total",
+        "Journal segments with records that the start did not find.",
     ),
     (
         "io_errors",

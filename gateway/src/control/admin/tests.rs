@@ -237,6 +237,17 @@ fn a_refused_reload_says_why() {
             "line 3: unknown field `modles`"
         );
         assert_eq!(server.ask("GET /reload", "").await.status, 405);
+        let log = server.ask("GET /v1/audit", "").await.json();
+        let entry = &log["data"][0];
+        assert_eq!(
+            [&entry["by"], &entry["action"], &entry["kind"], &entry["detail"]],
+            [
+                &json!("admin"),
+                &json!("reload"),
+                &json!("configuration"),
+                &json!({ "refused": "line 3: unknown field `modles`" })
+            ]
+        );
     });
 }
 
@@ -270,7 +281,11 @@ fn clients_are_blocked_and_unblocked() {
         let net = server.ask("POST /kernel/block", net).await;
         assert_eq!(net.json()["net"], "198.51.100.0/24");
         assert_eq!(server.ask("GET /kernel/clients?max=7", "").await.status, 200);
-        assert_eq!(server.ask("GET /kernel/clients?max=no", "").await.status, 400);
+        let wrong = server.ask("GET /kernel/clients?max=no", "").await;
+        assert_eq!(
+            (wrong.status, &wrong.json()["error"]["code"]),
+            (400, &json!("bad_request"))
+        );
         let calls = server.plane.calls.lock().expect("calls").clone();
         let wanted = [
             "block 203.0.113.7/32 3600",
@@ -651,6 +666,23 @@ fn teams_and_budgets_are_kept_and_credit_is_added_once() {
             (&put.json()["usd"], &put.json()["alerts"]),
             (&json!("12.5"), &json!([50, 80]))
         );
+        let defaults = ["time_zone", "on_exhausted", "unpriced"].map(|field| put.json()[field].clone());
+        assert_eq!(defaults, [json!("UTC"), json!("finish"), json!("refuse")]);
+        let put = server
+            .ask(
+                "PUT /v1/budgets/gateway/all",
+                r#"{"usd": "1", "every": "1d", "time_zone": "Asia/Tokyo", "on_exhausted": "error", "unpriced": "allow"}"#,
+            )
+            .await;
+        assert_eq!(put.status, 200, "{}", put.body);
+        let shown = server.ask("GET /v1/budgets/gateway/all", "").await.json();
+        assert_eq!(
+            (&shown["time_zone"], &shown["on_exhausted"], &shown["unpriced"]),
+            (&json!("Asia/Tokyo"), &json!("error"), &json!("allow"))
+        );
+        // Midnight in Tokyo.
+        let resets_at = shown["resets_at"].as_str().expect("a time");
+        assert!(resets_at.ends_with("T15:00:00Z"), "{resets_at}");
         let topup = r#"{"usd": "5", "reference": "invoice 7"}"#;
         assert_eq!(
             server
@@ -690,7 +722,13 @@ fn teams_and_budgets_are_kept_and_credit_is_added_once() {
             ("/v1/budgets/planet/x", "{}"),
             ("/v1/budgets/key/k", r#"{"usd": "a lot"}"#),
             ("/v1/budgets/key/k", r#"{"every": "1d"}"#),
-            ("/v1/budgets/key/k", r#"{"alerts": [101]}"#),
+            ("/v1/budgets/key/k", r#"{"usd": "1"}"#),
+            ("/v1/budgets/key/k", r#"{"alerts": [1001]}"#),
+            ("/v1/budgets/key/k", r#"{"unpriced": "perhaps"}"#),
+            (
+                "/v1/budgets/key/k",
+                r#"{"usd": "1", "every": "1d", "time_zone": "Mars/Olympus"}"#,
+            ),
         ] {
             let answer = server.ask(&format!("PUT {path}"), body).await;
             assert_eq!(answer.status, 400, "{path} {body} {}", answer.body);

@@ -6,7 +6,11 @@ use serde_json::{Value, json};
 
 use super::{Actor, Budget, Cause, Db, Failure, Kind, Row, Scope, TopUp};
 use crate::{
-    config::{check_name, units::Span},
+    config::{
+        check_budget, check_name,
+        schema::{self, OnExhausted, Percent, Unpriced},
+        units::{Dollars, Span, parse_span},
+    },
     net::clock,
 };
 
@@ -22,10 +26,17 @@ const NANO_PER_USD: u64 = 1_000_000_000;
 /// Longest reference of a top-up, bytes.
 const REFERENCE_BYTES_MAX: usize = 128;
 
-/// Alerts of one budget.
-const ALERTS_MAX: usize = 10;
+/// Top-ups of one budget, all of which are kept so that each reference adds once: one an hour for over two years. Each is
+/// read when the budget's credit is summed up, some 20 ms at this bound.
+pub const TOPUPS_MAX: u64 = match cfg!(test) {
+    false => 20_000,
+    true => 50,
+};
 
-/// A budget as it shall be.
+/// Percents at which an alert may be: as in the configuration, over 100 for a budget that only tells.
+const PERCENTS: std::ops::RangeInclusive<u16> = 1..=1000;
+
+/// A budget as it shall be: what the configuration's may be.
 #[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct BudgetSettings {
@@ -33,17 +44,30 @@ pub struct BudgetSettings {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[0-9]{1,10}(\.[0-9]{1,9})?$"))]
     pub usd: Option<String>,
-    /// The period, for example `1d` or `1mo`. Absent: the budget is there once.
+    /// The period, with `usd`: 1h, 1d, 1w and 1mo are the calendar's, other spans from 1s to 1mo slide.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<Span>,
-    /// Percents of use, 1 to 100, at which somebody is told; at most 10.
+    /// Time zone of calendar periods, as in `Europe/Berlin`. Absent: UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = ZONE_BYTES_MAX))]
+    pub time_zone: Option<String>,
+    /// Percents of use, 1 to 1000, at which somebody is told; at most 10.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = ALERTS_MAX), inner(range(min = 1, max = 100)))]
-    pub alerts: Vec<u8>,
+    #[schemars(length(max = schema::ALERTS_MAX), inner(range(min = 1, max = 1000)))]
+    pub alerts: Vec<u16>,
     /// Refuse what does not fit; false only tells.
     #[serde(default = "yes")]
     pub hard: bool,
+    /// What becomes of a running stream when nothing is left.
+    #[serde(default)]
+    pub on_exhausted: OnExhausted,
+    /// What becomes of requests for a model without a price.
+    #[serde(default)]
+    pub unpriced: Unpriced,
 }
+
+/// Longest name of a time zone, bytes; the IANA database's longest has 32.
+const ZONE_BYTES_MAX: usize = 64;
 
 fn yes() -> bool {
     true
@@ -95,20 +119,22 @@ impl Db {
             name: name.to_owned(),
             nano_usd: settings.usd.as_deref().map(amount).transpose()?,
             every: settings.every.map(|span| span.to_string()),
+            time_zone: settings.time_zone.clone(),
             alerts: alerts(&settings.alerts)?,
             hard: settings.hard,
+            on_exhausted: settings.on_exhausted,
+            unpriced: settings.unpriced,
             created_ms: before.as_ref().map_or(now_ms, |row| row.doc.created_ms),
             updated_ms: now_ms,
         };
-        let spans = Span::secs(1)..=Span::secs(30 * 86_400);
-        if settings.every.is_some_and(|span| !spans.contains(&span)) {
-            return Err(Failure::invalid("`every` is from 1s to 1mo"));
+        let zone_bytes = settings.time_zone.as_ref().map_or(1, String::len);
+        if !(1..=ZONE_BYTES_MAX).contains(&zone_bytes) {
+            return Err(Failure::invalid(format!(
+                "`time_zone` has 1 to {ZONE_BYTES_MAX} bytes"
+            )));
         }
-        if budget.every.is_some() && budget.nano_usd.is_none() {
-            return Err(Failure::invalid(
-                "`every` needs `usd`: prepaid credit has no period",
-            ));
-        }
+        // What the configuration's must be, this one must too.
+        check_budget(&as_wanted(&budget)).map_err(Failure::invalid)?;
         self.put(&budget)?;
         let action = if before.is_some() { "update" } else { "create" };
         let detail = serde_json::to_value(settings).unwrap_or_default();
@@ -203,6 +229,11 @@ impl Db {
             }
             return Ok((self.budget(scope, name)?, false));
         }
+        if self.count_group(super::Kind::TopUp, &budget, TOPUPS_MAX)? >= TOPUPS_MAX {
+            return Err(Failure::conflict(format!(
+                "the budget has {TOPUPS_MAX} top-ups already; delete it and add its `credit_usd` anew as one"
+            )));
+        }
         let sum = credit
             .checked_add(nano_usd)
             .filter(|sum| *sum <= NANO_USD_MAX as i64);
@@ -225,10 +256,45 @@ fn check_subject(scope: Scope, name: &str) -> Result<(), Failure> {
     check_name(name).map_err(|what| Failure::invalid(format!("`name`: {what}")))
 }
 
-fn alerts(percents: &[u8]) -> Result<Vec<u8>, Failure> {
-    if percents.len() > ALERTS_MAX || percents.iter().any(|percent| !(1..=100).contains(percent)) {
+/// A budget as it was asked for, as the configuration would have it.
+fn as_wanted(budget: &Budget) -> schema::Budget {
+    schema::Budget {
+        usd: budget.nano_usd.map(Dollars),
+        credit: budget.nano_usd.is_none().then_some(Dollars(0)),
+        every: budget.every.as_deref().and_then(|text| parse_span(text).ok()),
+        time_zone: budget.time_zone.clone(),
+        alerts: budget.alerts.iter().map(|percent| Percent(*percent)).collect(),
+        hard: budget.hard,
+        on_exhausted: budget.on_exhausted,
+        unpriced: budget.unpriced,
+    }
+}
+
+impl Budget {
+    /// What it is in force as, with this credit, nano-dollars. The gateway that was before this one took budgets with
+    /// dollars and no period: they are there once.
+    pub fn as_in_file(&self, credit: i64) -> schema::Budget {
+        let prepaid = match self.nano_usd {
+            Some(nano) => Dollars(nano),
+            None => Dollars(u64::try_from(credit).unwrap_or_default()),
+        };
+        let wanted = as_wanted(self);
+        match wanted.every {
+            Some(_) => wanted,
+            None => schema::Budget {
+                usd: None,
+                credit: Some(prepaid),
+                ..wanted
+            },
+        }
+    }
+}
+
+fn alerts(percents: &[u16]) -> Result<Vec<u16>, Failure> {
+    let max = schema::ALERTS_MAX;
+    if percents.len() > max || percents.iter().any(|percent| !PERCENTS.contains(percent)) {
         return Err(Failure::invalid(format!(
-            "`alerts` are at most {ALERTS_MAX} percents from 1 to 100"
+            "`alerts` are at most {max} percents from 1 to 1000"
         )));
     }
     let mut percents = percents.to_vec();

@@ -5,6 +5,8 @@ use std::{fs::OpenOptions, os::unix::fs::OpenOptionsExt, path::Path, time::Durat
 use anyhow::{Context, bail};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
+pub use log::Entry;
+
 use super::{
     Failure,
     model::{Change, Changed, Doc, Kind, Stamp},
@@ -20,8 +22,8 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a deleted document's name is kept for other hosts that have not heard of it.
 const TOMBSTONE_MS: u64 = 30 * 86_400_000;
 
-/// Entries of the audit log; the oldest go. A change a minute for nearly two years.
-pub const AUDIT_MAX: u64 = 1_000_000;
+/// Greatest stamp that is taken from another host, milliseconds: no clock shows it, and changes after it still have room.
+const STAMP_MS_MAX: u64 = 1 << 62;
 
 /// Each step takes the tables from one version, `PRAGMA user_version`, to the next. Steps are never changed.
 const MIGRATIONS: [&str; 1] = ["
@@ -70,19 +72,6 @@ pub struct Row<D> {
     pub stamp: Stamp,
     /// Of this database.
     pub version: u64,
-}
-
-/// An entry of the audit log.
-#[derive(Debug, Clone)]
-pub struct Entry {
-    pub seq: u64,
-    pub unix_ms: u64,
-    pub actor: String,
-    pub action: String,
-    pub kind: String,
-    pub id: String,
-    pub name: String,
-    pub detail: serde_json::Value,
 }
 
 impl Db {
@@ -335,7 +324,13 @@ impl Db {
     }
 
     /// Takes over another host's change; false where it is not newer than what is here.
+    ///
+    /// # Errors
+    /// The document is not understood, or its stamp leaves no room for later ones; or the database's.
     pub fn apply(&mut self, change: &Change) -> Result<bool, Failure> {
+        if change.stamp.unix_ms > STAMP_MS_MAX {
+            return Err(Failure::invalid("its stamp is no time"));
+        }
         if self
             .stamp_of(change.kind, &change.id)?
             .is_some_and(|own| own >= change.stamp)
@@ -492,109 +487,6 @@ impl Db {
         }
         Ok(changes)
     }
-
-    /// Writes an entry of the audit log. `detail` has no secrets.
-    pub fn audit(
-        &mut self,
-        actor: &str,
-        action: &str,
-        kind: Kind,
-        (id, name): (&str, &str),
-        detail: &serde_json::Value,
-    ) -> Result<(), Failure> {
-        let mut statement = self.connection.prepare_cached(
-            "INSERT INTO audit (unix_ms, actor, action, kind, id, name, detail)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        )?;
-        statement.execute(params![
-            clock::unix_ms(),
-            actor,
-            action,
-            kind.name(),
-            id,
-            name,
-            detail.to_string()
-        ])?;
-        let seq = self.connection.last_insert_rowid();
-        let mut trim = self
-            .connection
-            .prepare_cached("DELETE FROM audit WHERE seq <= ?1")?;
-        trim.execute([seq - AUDIT_MAX as i64])?;
-        Ok(())
-    }
-
-    /// Up to `max` entries of the audit log before this one, the newest first.
-    pub fn audit_before(&self, before: u64, max: usize) -> Result<Vec<Entry>, Failure> {
-        let mut statement = self.connection.prepare_cached(
-            "SELECT seq, unix_ms, actor, action, kind, id, name, detail FROM audit
-             WHERE seq < ?1 ORDER BY seq DESC LIMIT ?2",
-        )?;
-        let before = i64::try_from(before).unwrap_or(i64::MAX);
-        let max = i64::try_from(max).unwrap_or(i64::MAX);
-        let rows = statement.query_map(params![before, max], |row| {
-            let detail: String = row.get(7)?;
-            Ok(Entry {
-                seq: row.get(0)?,
-                unix_ms: row.get(1)?,
-                actor: row.get(2)?,
-                action: row.get(3)?,
-                kind: row.get(4)?,
-                id: row.get(5)?,
-                name: row.get(6)?,
-                detail: serde_json::from_str(&detail).unwrap_or_default(),
-            })
-        })?;
-        Ok(rows.collect::<Result<_, _>>()?)
-    }
-
-    /// When a key was last used, as far as that was written down; milliseconds since 1970.
-    pub fn used_ms(&self, key: &str) -> Result<Option<u64>, Failure> {
-        let mut statement = self
-            .connection
-            .prepare_cached("SELECT unix_ms FROM used WHERE key = ?1")?;
-        Ok(statement.query_row([key], |row| row.get(0)).optional()?)
-    }
-
-    /// All times of last use.
-    pub fn each_used(&self, mut show: impl FnMut(String, u64)) -> Result<(), Failure> {
-        let mut statement = self.connection.prepare("SELECT key, unix_ms FROM used")?;
-        let mut rows = statement.query([])?;
-        while let Some(row) = rows.next()? {
-            show(row.get(0)?, row.get(1)?);
-        }
-        Ok(())
-    }
-
-    /// Writes times of last use. A power cut may take them.
-    pub fn write_used(&mut self, used: &[(String, u64)]) -> Result<(), Failure> {
-        self.connection.pragma_update(None, "synchronous", "NORMAL")?;
-        let written = self.try_write_used(used);
-        self.connection.pragma_update(None, "synchronous", "FULL")?;
-        written
-    }
-
-    fn try_write_used(&mut self, used: &[(String, u64)]) -> Result<(), Failure> {
-        let transaction = self.connection.transaction()?;
-        {
-            let mut statement = transaction.prepare_cached(
-                "INSERT INTO used (key, unix_ms) VALUES (?1, ?2)
-                 ON CONFLICT (key) DO UPDATE SET unix_ms = excluded.unix_ms",
-            )?;
-            for (key, unix_ms) in used {
-                statement.execute(params![key, unix_ms])?;
-            }
-        }
-        Ok(transaction.commit()?)
-    }
-
-    /// Forgets when a key was used.
-    pub fn forget_used(&self, key: &str) -> Result<(), Failure> {
-        let mut statement = self
-            .connection
-            .prepare_cached("DELETE FROM used WHERE key = ?1")?;
-        statement.execute([key])?;
-        Ok(())
-    }
 }
 
 type RawRow = (String, Stamp, u64);
@@ -651,39 +543,6 @@ fn host_id(connection: &Connection) -> anyhow::Result<String> {
     Ok(connection.query_row("SELECT value FROM meta WHERE name = 'host'", [], |row| row.get(0))?)
 }
 
+mod log;
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::control::store::NewTeam;
-
-    #[test]
-    fn after_a_rollback_by_sqlite_nothing_of_the_batch_is_kept() {
-        let directory = tempfile::tempdir().expect("directory");
-        let mut db = Db::open(directory.path()).expect("database");
-        let make = |db: &mut Db, name: &str| {
-            let new = NewTeam {
-                name: name.into(),
-                ..NewTeam::default()
-            };
-            db.attempt(|db| db.create_team(&new, "admin"))
-        };
-        db.begin().expect("a transaction");
-        make(&mut db, "first").expect("made");
-        // What SQLite does where the disk is full.
-        let full = db.attempt(|db| -> Result<(), Failure> {
-            db.connection.execute_batch("ROLLBACK")?;
-            Err(Failure::broken("full"))
-        });
-        assert!(full.is_err());
-        make(&mut db, "second").expect_err("no transaction");
-        db.commit().expect_err("no transaction");
-        for name in ["first", "second"] {
-            db.team(name).expect_err("not kept");
-        }
-        // The next batch is a new beginning.
-        db.begin().expect("a transaction");
-        make(&mut db, "third").expect("made");
-        assert_eq!(db.commit().expect("committed").len(), 1);
-        db.team("third").expect("kept");
-    }
-}
+mod tests;

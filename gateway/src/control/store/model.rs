@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::limits::KeyLimit;
+use crate::config::schema::{OnExhausted, Unpriced};
 use ipnet::IpNet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -161,11 +162,18 @@ pub struct Budget {
     /// The period as the configuration writes it, for example `1mo`; absent: once and for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub every: Option<String>,
+    /// Of calendar periods; absent: UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_zone: Option<String>,
     /// Percents at which somebody is told.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub alerts: Vec<u8>,
+    pub alerts: Vec<u16>,
     /// Refuse what does not fit, instead of only telling.
     pub hard: bool,
+    #[serde(default)]
+    pub on_exhausted: OnExhausted,
+    #[serde(default)]
+    pub unpriced: Unpriced,
     pub created_ms: u64,
     pub updated_ms: u64,
 }

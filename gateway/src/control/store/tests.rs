@@ -37,6 +37,11 @@ fn named(name: &str) -> NewKey {
     }
 }
 
+/// A budget that is prepaid.
+fn prepaid() -> BudgetSettings {
+    serde_json::from_str("{}").expect("settings")
+}
+
 fn state(store: &Store) -> Vec<(Kind, String, Option<String>, Stamp)> {
     let changes = store
         .change_blocking(|db| db.changes_since(0, usize::MAX))
@@ -100,12 +105,7 @@ fn what_fails_leaves_nothing_and_what_follows_is_made() {
 fn a_budget_is_changed_as_it_was_seen_or_not_at_all() {
     let (_directory, store, _) = new_store();
     let budget = (Scope::Gateway, "all");
-    let settings = BudgetSettings {
-        usd: None,
-        every: None,
-        alerts: vec![],
-        hard: true,
-    };
+    let settings = prepaid();
     let set = |seen: Option<u64>| {
         let settings = settings.clone();
         store.change_blocking(move |db| db.set_budget(budget, seen, &settings, "t"))
@@ -126,6 +126,74 @@ fn a_budget_is_changed_as_it_was_seen_or_not_at_all() {
     let deleted = store.change_blocking(move |db| db.delete_budget(budget.0, budget.1, Some(version), "t"));
     assert_eq!(deleted.expect_err("stale").cause, Cause::Stale);
     set(Some(topped.version)).expect("as seen");
+}
+
+#[test]
+fn top_ups_of_a_budget_are_bounded_and_known_ones_are_still_known() {
+    let (_directory, store, _) = new_store();
+    let budget = (Scope::Gateway, "all");
+    store
+        .change_blocking(move |db| db.set_budget(budget, None, &prepaid(), "t"))
+        .expect("made");
+    let add = |number: u64| {
+        let topup = NewTopUp {
+            usd: "1".into(),
+            reference: format!("r{number}"),
+        };
+        store.change_blocking(move |db| db.top_up(budget.0, budget.1, &topup, "t"))
+    };
+    for number in 0..budgets::TOPUPS_MAX {
+        assert!(add(number).expect("added").1);
+    }
+    let one_more = add(budgets::TOPUPS_MAX).expect_err("too many");
+    assert_eq!(one_more.cause, Cause::Conflict);
+    assert!(!add(7).expect("known").1);
+}
+
+#[test]
+fn a_budget_of_the_run_time_can_all_that_one_of_the_file_can() {
+    let (_directory, store, _) = new_store();
+    let set = |text: &str| {
+        let settings: BudgetSettings = serde_json::from_str(text).expect("settings");
+        store.change_blocking(move |db| db.set_budget((Scope::Gateway, "all"), None, &settings, "t"))
+    };
+    let text = r#"{"usd": "2.5", "every": "1d", "time_zone": "Asia/Tokyo", "alerts": [150],
+        "on_exhausted": "error", "unpriced": "allow", "hard": false}"#;
+    let (row, credit) = set(text).expect("made");
+    let at_run_time = row.doc.as_in_file(credit);
+    let text = r#"{"usd": "2.5", "every": "1d", "time_zone": "Asia/Tokyo", "alerts": ["150%"],
+        "on_exhausted": "error", "unpriced": "allow", "hard": false}"#;
+    let of_file: crate::config::schema::Budget = serde_json::from_str(text).expect("a budget");
+    assert_eq!(
+        serde_json::to_value(&at_run_time).expect("JSON"),
+        serde_json::to_value(&of_file).expect("JSON")
+    );
+    for (wrong, says) in [
+        (
+            r#"{"usd": "1", "every": "1d", "time_zone": "Mars/Olympus"}"#,
+            "time zone",
+        ),
+        (r#"{"usd": "1", "every": "1d", "time_zone": ""}"#, "time_zone"),
+        (r#"{"usd": "1"}"#, "every"),
+        (r#"{"every": "1d"}"#, "every"),
+        (r#"{"usd": "1", "every": "2mo"}"#, "every"),
+        (r#"{"alerts": [0]}"#, "alerts"),
+        (r#"{"alerts": [1001]}"#, "alerts"),
+    ] {
+        let failure = set(wrong).expect_err(wrong);
+        assert_eq!(failure.cause, Cause::Invalid, "{wrong}");
+        assert!(failure.message.contains(says), "{wrong}: {failure}");
+    }
+    // One that was kept before dollars needed a period: there once, and not every minute.
+    let once = Budget {
+        every: None,
+        ..row.doc
+    };
+    let in_force = once.as_in_file(0);
+    assert_eq!(
+        (in_force.usd, in_force.credit.map(|credit| credit.0)),
+        (None, Some(2_500_000_000))
+    );
 }
 
 #[test]
@@ -214,7 +282,7 @@ fn a_foreign_document_that_is_wrong_is_refused_whole() {
 }
 
 #[test]
-fn a_change_from_the_future_is_left_out_and_the_others_are_taken() {
+fn a_change_from_the_future_is_taken_and_yields_to_later_ones() {
     let (_directory, store, _) = new_store();
     let (_other_directory, other, _) = new_store();
     for name in ["a", "b"] {
@@ -229,18 +297,44 @@ fn a_change_from_the_future_is_left_out_and_the_others_are_taken() {
     let mut changes = other
         .change_blocking(|db| db.changes_since(0, 10))
         .expect("changes");
-    changes[0].stamp.unix_ms += AHEAD_MS_MAX + 60_000;
+    let years_ms = 10 * 365 * 86_400_000;
+    changes[0].stamp.unix_ms += years_ms;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
         .expect("a runtime");
     assert_eq!(
         runtime.block_on(store.apply(changes.clone())).expect("applied"),
-        1
+        2
     );
-    let ids: Vec<String> = state(&store).into_iter().map(|(_, id, ..)| id).collect();
-    assert_eq!(ids, ["b"]);
-    changes[0].stamp.unix_ms -= AHEAD_MS_MAX;
-    assert_eq!(runtime.block_on(store.apply(changes)).expect("applied"), 1);
+    let there = |store: &Store| -> Vec<String> {
+        let all = state(store).into_iter();
+        all.filter_map(|(_, id, doc, _)| doc.map(|_| id)).collect()
+    };
+    assert_eq!(there(&store), ["a", "b"]);
+    // Who has heard of it changes it as any other, and is heard by the rest.
+    store
+        .change_blocking(|db| db.delete_team("a", None, "t"))
+        .expect("deleted");
+    let later = store
+        .change_blocking(|db| db.changes_since(0, 10))
+        .expect("changes");
+    assert!(
+        later
+            .iter()
+            .any(|change| change.id == "a" && change.stamp > changes[0].stamp)
+    );
+    runtime.block_on(other.apply(later)).expect("applied");
+    assert_eq!(there(&other), ["b"]);
+    // Told again it brings nothing back.
+    assert_eq!(
+        runtime.block_on(store.apply(changes.clone())).expect("applied"),
+        0
+    );
+    // What is no time leaves no room for later changes.
+    changes[0].stamp.unix_ms = u64::MAX;
+    runtime
+        .block_on(store.apply(vec![changes[0].clone()]))
+        .expect_err("no stamp");
 }
 
 proptest! {
@@ -263,8 +357,7 @@ proptest! {
                 }, "t")),
                 2 => drop(db.delete_team(&name, None, "t")),
                 3 => {
-                    let settings = BudgetSettings { usd: None, every: None, alerts: vec![], hard: true };
-                    drop(db.set_budget((Scope::Team, &name), None, &settings, "t"));
+                    drop(db.set_budget((Scope::Team, &name), None, &prepaid(), "t"));
                 }
                 4 => {
                     let topup = NewTopUp { usd: "1.5".into(), reference: format!("r{step}") };

@@ -68,6 +68,44 @@ fn batches_hold_each_record_once_and_go_on_where_the_last_one_ended() {
     assert_eq!(delivery.gather().unwrap().records, 700);
 }
 
+/// Journal and sums are removed by hand, and `export.json` is not: numbers begin anew, below those that were delivered.
+#[test]
+fn records_behind_numbers_that_begin_anew_are_not_taken_for_delivered() {
+    let dir = tempfile::tempdir().unwrap();
+    let ledger_config = schema::Ledger {
+        path: dir.path().into(),
+        export: Some(schema::Export { clickhouse: config() }),
+        ..schema::Ledger::default()
+    };
+    let position = Position {
+        target: format!("{} {}", config().url, config().table),
+        cores: BTreeMap::from([
+            (0, Reached { seq: 57, at: 9000 }),
+            (9, Reached { seq: 3, at: 64 }),
+        ]),
+    };
+    write_position(&dir.path().join(POSITION), &position).unwrap();
+    let (ledger, mut journals) = Ledger::start(&ledger_config, 1).unwrap();
+    for number in 0..10 {
+        journals[0].append(&numbered(number)).unwrap();
+    }
+    ledger.flush().unwrap();
+    let mut delivery = Delivery::new(&config(), dir.path(), ledger.public.clone()).unwrap();
+    assert_eq!(delivery.gather().unwrap().records, 0, "they pass for delivered");
+    delivery.check_numbers();
+    assert_eq!(delivery.gather().unwrap().records, 10);
+    // A core that does not run now keeps its place.
+    assert_eq!(delivery.position.cores.keys().collect::<Vec<_>>(), [&9]);
+    drop((journals, ledger));
+    // Where nobody removed anything all goes on.
+    let cores = BTreeMap::from([(0, Reached { seq: 1, at: 9000 })]);
+    write_position(&dir.path().join(POSITION), &Position { cores, ..position }).unwrap();
+    let (ledger, _journals) = Ledger::start(&ledger_config, 1).unwrap();
+    let mut delivery = Delivery::new(&config(), dir.path(), ledger.public.clone()).unwrap();
+    delivery.check_numbers();
+    assert_eq!(delivery.position.cores[&0].seq, 1);
+}
+
 #[test]
 fn the_end_does_not_wait_for_a_server_that_does_not_answer() {
     let server = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -87,6 +125,6 @@ fn the_end_does_not_wait_for_a_server_that_does_not_answer() {
     let connection = server.accept().unwrap();
     let begun = std::time::Instant::now();
     drop((journals, ledger));
-    assert!(begun.elapsed() < ANSWER_TIMEOUT / 2);
+    assert!(begun.elapsed() < server::ANSWER_TIMEOUT / 2);
     drop(connection);
 }

@@ -124,6 +124,24 @@ fn the_sums_are_made_anew_from_the_segments_that_are_kept() {
 }
 
 #[test]
+fn a_segment_that_was_removed_by_hand_is_missed_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut worker, mut journal) = open(dir.path()).unwrap();
+    append(&mut journal, 0..5);
+    drop(journal);
+    worker.finish();
+    let (name, path) = segment::list(&worker.journal).unwrap().remove(0);
+    drop(worker);
+    fs::remove_file(path).unwrap();
+    for missing in [1, 0] {
+        let (worker, _journal) = open(dir.path()).unwrap();
+        assert_eq!(worker.public.lock_status().missing_segments, missing);
+        assert_eq!(summed(&worker.store), (5, 10), "what was summed up stays");
+        assert!(worker.lanes[0].live[0].header.name.seq > name.seq);
+    }
+}
+
+#[test]
 fn damage_is_counted_and_costs_nothing_else() {
     let dir = tempfile::tempdir().unwrap();
     let (worker, mut journal) = open(dir.path()).unwrap();

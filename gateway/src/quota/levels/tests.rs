@@ -147,6 +147,126 @@ fn debt_is_carried_over_periods_also_those_without_requests() {
     }
 }
 
+/// A window of a day, and the moment so many of them after the beginning of one.
+fn days(window: &Window) -> impl Fn(u64) -> Moment + use<> {
+    assert!(!matches!(window, Window::Bucket { .. }));
+    let begin = at("2026-06-10T00:00:00Z");
+    move |days| Moment {
+        steady_ns: begin.steady_ns + days * DAY_MS * 1_000_000,
+        unix_ms: begin.unix_ms + days * DAY_MS,
+    }
+}
+
+fn day_windows() -> [Window; 2] {
+    let ns = DAY_MS * 1_000_000;
+    [calendar(Part::Day, "UTC"), Window::Sliding { ns }]
+}
+
+#[test]
+fn a_lowered_amount_leaves_use_as_it_was_counted() {
+    for window in day_windows() {
+        let (levels, later) = (Levels::default(), days(&window));
+        let before = query(&window);
+        let after = Query { amount: 10, ..before };
+        use_up(&levels, &before, 90, later(0));
+        let Err(Refused::Exhausted(standing)) = levels.reserve(&after, 1, later(0)) else {
+            panic!("{window:?}: 90 of 10 are used");
+        };
+        assert_eq!(standing.remaining, 0);
+        // When this day is over, or has faded; not nine days later.
+        let wait = standing.retry_after_ns;
+        assert!(wait <= 2 * DAY_MS * 1_000_000, "{window:?}: {standing:?}");
+        let then = Moment {
+            steady_ns: later(0).steady_ns + wait,
+            unix_ms: later(0).unix_ms + wait / 1_000_000,
+        };
+        use_up(&levels, &after, 1, then);
+        use_up(&levels, &after, 10, later(4));
+    }
+}
+
+#[test]
+fn overuse_of_a_lowered_amount_is_debt() {
+    let window = calendar(Part::Day, "UTC");
+    let (levels, later) = (Levels::default(), days(&window));
+    let before = query(&window);
+    let after = Query { amount: 10, ..before };
+    use_up(&levels, &before, 90, later(0));
+    // A request that ran when the amount was lowered used more than it had reserved.
+    levels.charge(&after, 25, later(0));
+    let Err(Refused::Exhausted(standing)) = levels.reserve(&after, 1, later(0)) else {
+        panic!("in debt");
+    };
+    assert_eq!(standing.retry_after_ns, 3 * DAY_MS * 1_000_000);
+    assert!(levels.reserve(&after, 1, later(1)).is_err());
+    // The second day is not asked at all.
+    assert!(levels.reserve(&after, 6, later(3)).is_err());
+    use_up(&levels, &after, 5, later(3));
+    use_up(&levels, &after, 10, later(4));
+}
+
+#[test]
+fn what_came_back_or_a_raised_amount_covers_is_no_debt() {
+    for window in day_windows() {
+        let (levels, later) = (Levels::default(), days(&window));
+        let query = query(&window);
+        let (held, _) = levels.reserve(&query, 10, later(0)).expect("room");
+        use_up(&levels, &query, 90, later(0));
+        levels.charge(&query, 5, later(0));
+        levels.give_back(&query, &held, 10, 0, later(0));
+        let _ = levels.reserve(&query, 1, later(1));
+        assert_eq!(left(&levels, &query, later(2)), 100, "{window:?}");
+
+        let (levels, raised) = (Levels::default(), Query { amount: 200, ..query });
+        use_up(&levels, &query, 100, later(0));
+        levels.charge(&query, 20, later(0));
+        let _ = levels.reserve(&raised, 1, later(1));
+        assert_eq!(levels.settled(&raised, later(1)), 0, "{window:?}");
+    }
+}
+
+#[test]
+fn what_only_counts_has_no_debt() {
+    for window in day_windows() {
+        let (levels, later) = (Levels::default(), days(&window));
+        let soft = Query {
+            hard: false,
+            ..query(&window)
+        };
+        use_up(&levels, &soft, 350, later(0));
+        levels.charge(&soft, 50, later(0));
+        assert_eq!(levels.settled(&soft, later(0)), 400);
+        use_up(&levels, &soft, 1, later(1));
+        assert_eq!(levels.settled(&soft, later(1)), 1, "{window:?}");
+    }
+}
+
+#[test]
+fn debt_finds_a_place_where_a_table_is_full() {
+    let window = calendar(Part::Day, "UTC");
+    let levels = Levels::new(
+        [8, 8, 4096, 8].map(Table::in_memory),
+        at("2026-06-10T00:00:00Z").steady_ns,
+    );
+    let later = days(&window);
+    let query = |subject: u64| Query {
+        id: subject << 32,
+        ..query(&window)
+    };
+    for subject in 1..=8 {
+        use_up(&levels, &query(subject), 100, later(0));
+    }
+    levels.charge(&query(3), 150, later(0));
+    assert_eq!(levels.overflowed(), 0);
+    // The next day it counts with the others that find no place. Then the others' places are free again.
+    let then = Moment {
+        steady_ns: later(2).steady_ns + 3_600_000_000_000,
+        unix_ms: later(2).unix_ms + 3_600_000,
+    };
+    assert!(levels.reserve(&query(3), 51, then).is_err());
+    use_up(&levels, &query(3), 50, then);
+}
+
 #[test]
 fn a_late_return_goes_to_the_period_from_which_it_was_taken() {
     let (levels, window) = (Levels::default(), calendar(Part::Day, "UTC"));

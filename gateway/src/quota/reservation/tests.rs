@@ -344,6 +344,58 @@ fn limits_of_a_provider_are_asked_when_it_is_chosen() {
 }
 
 #[test]
+fn a_request_that_was_sent_to_a_provider_counts_there_whatever_came_of_it() {
+    let world = World::new(
+        "limits: [{ name: calls, per: provider, requests: 2, every: 1mo }, { name: output, per: provider, output_tokens: 100, every: 1mo }]",
+    );
+    let mut first = granted(world.admit(ask(1, 60))).reservation;
+    first.choose_provider("p").expect("room");
+    first.sent();
+    first.choose_provider("q").expect("room");
+    // It was not sent to this one.
+    first.choose_provider("p").expect("room");
+    first.sent();
+    first.settle(used(1, 10));
+    let mut second = granted(world.admit(ask(1, 60))).reservation;
+    let denied = second.choose_provider("p").expect_err("two were sent");
+    assert_eq!(&*denied.name, "calls");
+    second.choose_provider("q").expect("none was sent there");
+    second.settle(used(1, 60));
+    // Tokens count where they were used: 10 of p, 60 of q.
+    let mut third = granted(world.admit(ask(1, 41))).reservation;
+    assert_eq!(&*third.choose_provider("q").expect_err("60 used").name, "output");
+}
+
+#[test]
+fn a_budget_that_is_lowered_leaves_no_debt() {
+    let world = World::new("");
+    let set = |usd: &str| {
+        let text = format!(r#"{{"usd": "{usd}", "every": "1mo"}}"#);
+        let schema: schema::Budget = serde_json::from_str(&text).expect("a budget");
+        world.quota.budgets.set(Subject::Gateway, &schema)
+    };
+    set("0.001");
+    granted(world.admit(ask(0, 900))).reservation.settle(used(0, 900));
+    let lowered = set("0.0001");
+    let denied = refused(world.admit(ask(0, 1)));
+    assert_eq!(world.budget(Subject::Gateway).used, 900_000);
+    let (levels, now) = (&world.quota.levels, world.quota.levels.now());
+    let month_ns = 31 * 86_400 * 1_000_000_000;
+    assert!(
+        (1..=month_ns).contains(&denied.standing.retry_after_ns),
+        "{denied:?}"
+    );
+    let wait_ms = denied.standing.retry_after_ns / 1_000_000 + 1;
+    let next = Moment {
+        steady_ns: now.steady_ns + wait_ms * 1_000_000,
+        unix_ms: now.unix_ms + wait_ms,
+    };
+    let query = lowered.query();
+    let (_, standing) = levels.reserve(&query, 100_000, next).expect("a clean month");
+    assert_eq!(standing.remaining, 0);
+}
+
+#[test]
 fn subjects_without_a_place_share_one() {
     let world = World::new("limits: [{ per: user, requests: 1, every: 1mo }]");
     let ask_as = |user: &str| {

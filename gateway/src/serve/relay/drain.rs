@@ -3,7 +3,7 @@
 
 use std::{rc::Rc, time::Duration};
 
-use super::stream::Stream;
+use super::{stream::Stream, whole};
 use crate::{
     bounds::{DRAIN_BYTES_MAX, DRAIN_TIME_MAX},
     core::{Core, STOP},
@@ -78,8 +78,10 @@ pub async fn rest(core: &Rc<Core>, mut upstream: Upstream, account: &mut Account
         done = decoded.done;
         tail.extend_from_slice(&behind_head[decoded.payload]);
     }
+    let mut body_bytes = tail.len();
     if !done {
         read(core, &mut upstream, DRAIN_TIME_MAX, |payload| {
+            body_bytes += payload.len();
             tail.extend_from_slice(payload);
             if tail.len() > 2 * TAIL_BYTES {
                 tail.drain(..tail.len() - TAIL_BYTES);
@@ -92,10 +94,7 @@ pub async fn rest(core: &Rc<Core>, mut upstream: Upstream, account: &mut Account
         200..300 => usage::find(account.api(), &tail).or_else(|| usage::find_in_tail(&tail)),
         _ => Some(Usage::default()),
     };
-    let usage = told.unwrap_or_else(|| Usage {
-        prompt: account.input_estimated(),
-        ..Usage::default()
-    });
+    let usage = told.unwrap_or_else(|| whole::estimate_of(account, &tail, body_bytes));
     account.settle(Outcome::ClientGone, usage, told.is_none());
 }
 

@@ -82,7 +82,7 @@ pub async fn run(
             spawn(async move { drain::rest(&core, upstream, &mut account, body.bytes).await });
             return Next::Gone;
         }
-        Err(Ended::ClientGone) => return client_gone(account),
+        Err(Ended::ClientGone) => return client_gone(account, body.bytes.len()),
     }
     account.first_byte(clock::turn_ns());
     if !body.done {
@@ -201,12 +201,16 @@ fn settle(account: &mut Account, status: u16, usage: Option<Usage>, text: &[u8],
         }
     }
     let estimated = usage.is_none();
-    let whole = text.len() == body_bytes;
-    let usage = usage.unwrap_or_else(|| match account.api() {
-        Api::ChatCompletions | Api::Completions if whole => estimate_text(account, text),
-        _ => estimate(account, body_bytes),
-    });
+    let usage = usage.unwrap_or_else(|| estimate_of(account, text, body_bytes));
     account.settle(outcome, usage, estimated);
+}
+
+/// What an answer of `body_bytes` used whose provider does not tell, and of which `kept` is here.
+pub(super) fn estimate_of(account: &Account, kept: &[u8], body_bytes: usize) -> Usage {
+    match account.api() {
+        Api::ChatCompletions | Api::Completions if kept.len() == body_bytes => estimate_text(account, kept),
+        _ => estimate(account, body_bytes),
+    }
 }
 
 /// Nothing has been sent yet, so the client gets a proper error.
@@ -230,12 +234,10 @@ async fn fail(
     finish(client, core, &[&bytes], terms).await
 }
 
-fn client_gone(mut account: Account) -> Next {
-    let usage = Usage {
-        prompt: account.input_estimated(),
-        ..Usage::default()
-    };
-    account.settle(Outcome::ClientGone, usage, true);
+/// The client has hung up before it was sent anything. What the upstream has generated is known by what of it came; before
+/// the first byte nobody knows it.
+fn client_gone(mut account: Account, body_bytes: usize) -> Next {
+    settle_cut(&mut account, Outcome::ClientGone, body_bytes);
     Next::Gone
 }
 
