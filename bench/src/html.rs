@@ -41,6 +41,7 @@ pub fn of_load(report: Report, url: &str, name: &str, command: String) -> Result
             scenario: name.to_owned(),
             about: url.to_owned(),
             figure,
+            beside: None,
             target: "target".to_owned(),
             skipped: None,
             reports: vec![report],
