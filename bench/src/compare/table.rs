@@ -114,8 +114,8 @@ impl Results {
         )
     }
 
-    /// Lines about what was run.
-    fn remarks(&self) -> Vec<String> {
+    /// What idle streams added, and what was not the same work, a line each.
+    pub fn remarks(&self) -> Vec<String> {
         let run = self.cells.iter().filter(|cell| !cell.reports.is_empty());
         run.flat_map(|cell| [self.beside(cell), self.unlike(cell), self.reopened(cell)])
             .flatten()
