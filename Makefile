@@ -56,7 +56,7 @@ bench-peers: ## install what the gateway is compared with (nginx, HAProxy, Envoy
 
 # The test command. Its parts are targets, in the order in which they fail fastest.
 .PHONY: test
-test: setup fmt-check layers lint build unit systemd-check systemd-boot ebpf-check deny instructions ## everything that CI runs
+test: setup fmt-check layers lint build unit unit-epoll systemd-check systemd-boot ebpf-check deny instructions ## everything that CI runs
 	@echo "test: ok"
 
 .PHONY: setup
@@ -87,6 +87,12 @@ build:
 .PHONY: unit
 unit: ## the tests
 	ulimit -Sn "$$(ulimit -Hn)" && $(CARGO) test --workspace --locked
+
+# What passes through the data plane, once more without io_uring. `engine` and `streaming` run on both drivers by themselves.
+EPOLL_TESTS := bodies disconnect failures fairness lifecycle limits limits_cut proxy sdk smuggling tls
+.PHONY: unit-epoll
+unit-epoll: ## the tests of the data plane on its portable driver
+	ulimit -Sn "$$(ulimit -Hn)" && GATEWAY_TEST_DRIVER=epoll $(CARGO) test -p gateway --locked $(addprefix --test ,$(EPOLL_TESTS))
 
 .PHONY: systemd-check
 systemd-check: ## the unit: valid, and exposed no further than it needs

@@ -10,6 +10,9 @@ cd "$(dirname "$0")/.."
 ENVOY=${ENVOY:-1.40.0}
 LITELLM=${LITELLM:-1.98.0}
 PORTKEY=${PORTKEY:-1.15.2}
+# Portkey's build takes any 1.x of the library that serves it. From 1.14.2 on that library hands out the head of a fetched
+# answer as it came, which may not be changed; Portkey changes it, and every stream becomes a 500 ("immutable").
+PORTKEY_HONO=${PORTKEY_HONO:-1.14.1}
 peers=target/peers
 
 skipped() { echo "skipped: $*"; }
@@ -46,12 +49,21 @@ python() {
 }
 
 portkey() {
-    local package="@portkey-ai/gateway@$PORTKEY"
+    local package="@portkey-ai/gateway@$PORTKEY with @hono/node-server@$PORTKEY_HONO"
     if [ -f "$peers/portkey/.ok" ] && [ "$(cat "$peers/portkey/.ok")" = "$package" ]; then return; fi
     command -v npm >/dev/null || { skipped "portkey: no npm"; return; }
     echo "peers: installing $package"
+    rm -rf "${peers:?}/portkey"
     mkdir -p "$peers/portkey"
-    npm install --silent --no-audit --no-fund --prefix "$peers/portkey" "$package" >"$peers/portkey.log" 2>&1 \
+    # node-ws 1.2.0 is the last that takes that library.
+    cat >"$peers/portkey/package.json" <<JSON
+{
+  "private": true,
+  "dependencies": { "@portkey-ai/gateway": "$PORTKEY" },
+  "overrides": { "@hono/node-server": "$PORTKEY_HONO", "@hono/node-ws": "1.2.0" }
+}
+JSON
+    npm install --silent --no-audit --no-fund --prefix "$peers/portkey" >"$peers/portkey.log" 2>&1 \
         || { skipped "portkey: npm install failed, see $peers/portkey.log"; return; }
     echo "$package" >"$peers/portkey/.ok"
 }

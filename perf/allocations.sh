@@ -12,9 +12,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 
 [ "${1:-}" != --help ] || { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 0; }
 command -v heaptrack >/dev/null || { echo "$0: needs heaptrack (apt-get install heaptrack)" >&2; exit 1; }
-build=$root/target/allocations/release
-(cd "$root" && cargo build -q --release --locked --target-dir target/allocations -p gateway --no-default-features --bin gateway \
-  && cargo build -q --release --locked --target-dir target/allocations -p gateway-bench)
+build=$root/target/allocations/profiling
+(cd "$root" && cargo build -q --profile profiling --locked --target-dir target/allocations -p gateway --no-default-features --bin gateway \
+  && cargo build -q --profile profiling --locked --target-dir target/allocations -p gateway-bench)
 out=$root/target/heaptrack
 rm -f "$out".*
 "$root/perf/under-load.sh" --build "$build" --model "${MODEL:-flood}" --connections "${CONNECTIONS:-16}" \

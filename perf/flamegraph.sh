@@ -5,7 +5,7 @@
 #   perf/under-load.sh perf/flamegraph.sh 10
 #
 # Needs: perf (linux-perf), root or kernel.perf_event_paranoid <= 1. Drawn by inferno, which is built once into
-# target/tools. Stacks are unwound from DWARF: the release build keeps line tables, and frame pointers would cost a register.
+# target/tools. Stacks are unwound by `.eh_frame`, and the release build keeps the names of functions; frame pointers would cost a register.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 

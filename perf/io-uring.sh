@@ -39,7 +39,7 @@ relayed=$((${after:-0} - ${before:-0}))
 
 awk -F, -v seconds="$seconds" -v relayed="$relayed" '
   $3 ~ /^io_uring:/ { name = $3; sub(/^io_uring:io_uring_/, "", name)
-    printf "%-18s %12d %12.0f/s %s\n", name, $1, $1 / seconds, relayed > 0 ? sprintf("%9.3f an event", $1 / relayed) : "" }' "$out"
+    printf "%-18s %12d %12.0f/s %s\n", name, $1, $1 / seconds, (relayed > 0) ? sprintf("%9.3f an event", $1 / relayed) : "" }' "$out"
 [ "$relayed" -gt 0 ] || echo "counts an event: the admin address does not tell (GATEWAY_ADMIN)"
 
 # fdinfo of an io_uring descriptor tells its queues (io_uring/fdinfo.c); only the owner and root may read it.

@@ -176,6 +176,9 @@ struct LoadArgs {
     /// For https: trust the authorities in this PEM file [default: trust any certificate]
     #[arg(long, value_name = "FILE")]
     ca: Option<PathBuf>,
+    /// For https: resume sessions where the server hands tickets out [default: a whole handshake each]
+    #[arg(long)]
+    tls_resume: bool,
     /// Measure the cost of this process (can be repeated)
     #[arg(long = "pid", value_name = "PID")]
     pids: Vec<u32>,
@@ -351,6 +354,7 @@ fn load_options(args: &LoadArgs) -> Result<load::Options> {
         slow_reader: args.slow_reader,
         sources: args.source,
         trust,
+        tls_resume: args.tls_resume,
         pids: args.pids.clone(),
         idle: args.idle.is_some(),
         keys: match &args.keys {

@@ -12,8 +12,10 @@ const SCRIPT: &str = include_str!("html/report.js");
 /// # Errors
 /// Figures that JSON cannot tell; there are none.
 pub fn page(results: &Results) -> serde_json::Result<String> {
+    let mut data = serde_json::to_value(results)?;
+    data["remarks"] = results.remarks().into();
     // In JSON `<` stands in texts only, where its escape means the same; so no text can end the element.
-    let data = serde_json::to_string(results)?.replace('<', "\\u003c");
+    let data = data.to_string().replace('<', "\\u003c");
     Ok(format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n<title>gateway-bench</title>\n<style>\n{STYLE}</style>\n\
          </head>\n<body>\n<main></main>\n<script type=\"application/json\" id=\"data\">{data}</script>\n<script>\n{SCRIPT}</script>\n\
@@ -41,6 +43,7 @@ pub fn of_load(report: Report, url: &str, name: &str, command: String) -> Result
             scenario: name.to_owned(),
             about: url.to_owned(),
             figure,
+            beside: None,
             target: "target".to_owned(),
             skipped: None,
             reports: vec![report],

@@ -43,6 +43,11 @@ pub struct Scenario {
     /// TLS between the load generator and the target.
     #[serde(default)]
     pub tls: bool,
+    /// TLS sessions are resumed where the target hands tickets out; otherwise each connection has a whole handshake.
+    #[serde(default)]
+    pub tls_resume: bool,
+    /// The scenario that this one's delay is compared with.
+    pub beside: Option<String>,
     /// Open loop: requests per second.
     pub rate: Option<f64>,
     /// Open loop: rates that change.
@@ -273,6 +278,7 @@ impl Scenario {
             warm_up: self.warm_up,
             ramp: self.ramp,
             timeout: self.timeout,
+            tls_resume: self.tls_resume,
             sources: self.source.as_ref().and_then(|source| Sources::parse(source)),
             ..load::Options::default()
         })

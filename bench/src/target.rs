@@ -169,7 +169,7 @@ impl Target {
         let text = String::from_utf8_lossy(&text);
         let line = text
             .lines()
-            .map(str::trim)
+            .map(|line| line.trim().trim_start_matches(program.as_str()).trim())
             .find(|line| line.chars().any(|c| c.is_ascii_digit()))?;
         Some(line.chars().take(100).collect())
     }

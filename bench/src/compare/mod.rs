@@ -2,6 +2,7 @@
 
 mod machine;
 mod results;
+mod table;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,7 +10,7 @@ use std::time::Duration;
 use anyhow::Result;
 
 pub use machine::Machine;
-pub use results::{BASELINE, Cell, Figures, Results, Spread, TargetInfo, median};
+pub use results::{BASELINE, Cell, DIRECT, Figures, Results, Spread, TargetInfo, median};
 
 use crate::scenario::Scenario;
 use crate::stand::Stand;

@@ -10,6 +10,8 @@ use crate::scenario::{Figure, Scenario};
 
 /// What others are compared with, where it was measured.
 pub const BASELINE: &str = "nginx";
+/// The target that is none: load generator and upstream without anything between.
+pub const DIRECT: &str = "direct";
 
 /// A target as it was set up.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -29,6 +31,9 @@ pub struct Cell {
     pub scenario: String,
     pub about: String,
     pub figure: Figure,
+    /// The scenario that its delay is compared with.
+    #[serde(default)]
+    pub beside: Option<String>,
     pub target: String,
     pub skipped: Option<String>,
     pub reports: Vec<Report>,
@@ -59,6 +64,8 @@ pub struct Figures {
     pub system_calls: Option<f64>,
     /// Context switches per event or request.
     pub switches: Option<f64>,
+    /// Bytes that came to the clients per event or request, heads included.
+    pub bytes: Option<f64>,
     pub failures: u64,
 }
 
@@ -79,6 +86,11 @@ impl Figures {
             .iter()
             .map(|cost| cost.voluntary_switches + cost.involuntary_switches)
             .sum();
+        let ended = if per_request {
+            report.requests
+        } else {
+            report.events
+        };
         // Where tokens tell when they were sent, how long they took is the figure; else the whole request.
         let latency = if report.delay.count > 0 {
             &report.delay
@@ -102,6 +114,7 @@ impl Figures {
                 report.system_calls_per_event
             },
             switches: (units > 0).then(|| switches as f64 / units as f64),
+            bytes: (ended > 0).then(|| report.bytes as f64 / ended as f64),
             failures: report.failures.total(),
         }
     }
@@ -161,13 +174,14 @@ impl Cell {
             scenario: scenario.name.clone(),
             about: scenario.about.clone(),
             figure: scenario.figure,
+            beside: scenario.beside.clone(),
             target: target.to_owned(),
             skipped: None,
             reports: Vec::new(),
         }
     }
 
-    fn figures(&self) -> Vec<Figures> {
+    pub(super) fn figures(&self) -> Vec<Figures> {
         self.reports
             .iter()
             .map(|report| Figures::of(self.figure, report))
@@ -185,17 +199,11 @@ impl Cell {
 }
 
 impl Results {
-    /// The cell that others of `scenario` are compared with.
-    fn baseline(&self, scenario: &str) -> Option<&Cell> {
+    /// All rounds of one scenario and target.
+    pub(super) fn cell(&self, scenario: &str, target: &str) -> Option<&Cell> {
         self.cells
             .iter()
-            .find(|cell| cell.scenario == scenario && cell.target == BASELINE)
-    }
-
-    fn direct(&self, scenario: &str) -> Option<&Cell> {
-        self.cells
-            .iter()
-            .find(|cell| cell.scenario == scenario && cell.target == "direct")
+            .find(|cell| cell.scenario == scenario && cell.target == target)
     }
 
     /// Whether no run lost or broke anything.
@@ -204,118 +212,6 @@ impl Results {
             .iter()
             .flat_map(|cell| &cell.reports)
             .all(Report::is_sound)
-    }
-
-    /// The results as a table with what is needed to read it.
-    pub fn table(&self) -> String {
-        let machine = &self.machine;
-        let mut lines = vec![
-            format!(
-                "{}; Linux {}; {} ({} cores)",
-                machine.date, machine.kernel, machine.processor, machine.cores
-            ),
-            format!(
-                "commit {}; {}",
-                machine.commit.as_deref().unwrap_or("unknown"),
-                self.command
-            ),
-            String::new(),
-        ];
-        for target in &self.targets {
-            let state = target
-                .missing
-                .clone()
-                .unwrap_or_else(|| target.version.clone().unwrap_or_default());
-            lines.push(format!("{:<9}{state}", target.name));
-            lines.push(format!("         on: {}", target.on.join(", ")));
-            lines.push(format!("         off: {}", target.off.join(", ")));
-        }
-        lines.push(String::new());
-        lines.push(format!(
-            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>9}{:>7}",
-            "scenario",
-            "target",
-            "rate/s",
-            "cost",
-            "(low-high)",
-            "ratio",
-            "(low-high)",
-            "core %",
-            "p50 ms",
-            "p99 ms",
-            "+p99 ms",
-            "calls",
-            "failed"
-        ));
-        let mut skipped = Vec::new();
-        for cell in &self.cells {
-            match (&cell.skipped, cell.reports.is_empty()) {
-                (Some(reason), _) => {
-                    skipped.push(format!("skipped: {}, {}: {reason}", cell.scenario, cell.target))
-                }
-                (None, true) => {}
-                (None, false) => lines.push(self.row(cell)),
-            }
-        }
-        lines.push(String::new());
-        lines.extend(skipped);
-        lines.push(format!(
-            "cost: CPU of the target (direct: of the upstream) in us per event, or per request where the scenario is of \
-             requests; in `memory` resident bytes per open stream. ratio: cost over {BASELINE}'s in the same round. p50, p99: \
-             sent by the upstream to read by the client where tokens are stamped, else whole requests; +p99: less direct's. \
-             calls: system calls per event or request. Medians of {} rounds.",
-            self.rounds
-        ));
-        lines.join("\n")
-    }
-
-    fn row(&self, cell: &Cell) -> String {
-        let figures = cell.figures();
-        let middle =
-            |of: fn(&Figures) -> Option<f64>| median(&figures.iter().filter_map(of).collect::<Vec<f64>>());
-        let number = |value: Option<f64>, digits: usize| {
-            value.map_or("-".to_owned(), |value| format!("{value:.digits$}"))
-        };
-        let costs: Vec<f64> = figures.iter().filter_map(|figures| figures.cost).collect();
-        let cost = Spread::of(&costs);
-        let digits = if cost.is_some_and(|cost| cost.median >= 1000.0) {
-            0
-        } else {
-            3
-        };
-        let range = |spread: Option<Spread>, digits: usize| {
-            spread.map_or("-".to_owned(), |spread| {
-                format!("({:.digits$}-{:.digits$})", spread.low, spread.high)
-            })
-        };
-        // Directly, the measured process is the upstream itself: no ratio.
-        let ratio = self
-            .baseline(&cell.scenario)
-            .filter(|_| cell.target != "direct")
-            .and_then(|base| cell.ratio(base));
-        let p99 = middle(|figures| Some(figures.p99_us as f64 / 1e3));
-        let direct = self.direct(&cell.scenario).map(Cell::figures).unwrap_or_default();
-        let direct: Vec<f64> = direct.iter().map(|figures| figures.p99_us as f64 / 1e3).collect();
-        let added = match (p99, median(&direct)) {
-            (Some(p99), Some(direct)) if cell.target != "direct" => Some(p99 - direct),
-            _ => None,
-        };
-        format!(
-            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>9}{:>7}",
-            cell.scenario,
-            cell.target,
-            number(middle(|figures| Some(figures.rate)), 0),
-            number(cost.map(|cost| cost.median), digits),
-            range(cost, digits.min(2)),
-            number(ratio.map(|ratio| ratio.median), 2),
-            range(ratio, 2),
-            number(middle(|figures| Some(figures.cores * 100.0)), 0),
-            number(middle(|figures| Some(figures.p50_us as f64 / 1e3)), 2),
-            number(p99, 2),
-            number(added, 2),
-            number(middle(|figures| figures.system_calls), 2),
-            figures.iter().map(|figures| figures.failures).sum::<u64>(),
-        )
     }
 }
 
@@ -341,6 +237,7 @@ mod tests {
             scenario: "busy".to_owned(),
             about: String::new(),
             figure: Figure::Event,
+            beside: None,
             target: target.to_owned(),
             skipped: None,
             reports: costs.iter().map(report).collect(),

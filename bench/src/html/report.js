@@ -15,6 +15,7 @@ const median = (values) => {
 };
 const number = (value, digits) => {
   if (value === null || value === undefined) return "–";
+  if (value === 0) return "0";
   const places = digits ?? (value >= 1000 ? 0 : value >= 100 ? 1 : value >= 1 ? 2 : 3);
   return value.toLocaleString("en", { maximumFractionDigits: places, minimumFractionDigits: Math.min(places, 2) });
 };
@@ -55,6 +56,9 @@ function chart(title, note, lines, options = {}) {
   const xs = shown.flatMap((line) => line.points.map((point) => point[0]));
   const ys = shown.flatMap((line) => line.points.map((point) => point[1]));
   const x0 = Math.min(...xs), x1 = Math.max(...xs);
+  // One that is far off must not flatten the others to a line on the floor.
+  const peaks = shown.map((line) => Math.max(...line.points.map((point) => point[1]))).sort((a, b) => a - b);
+  if (!options.logY && peaks[peaks.length - 1] > 25 * peaks[peaks.length >> 1] && peaks[peaks.length >> 1] > 0) options = { ...options, logY: true };
   let y0 = options.logY ? Math.min(...ys.filter((y) => y > 0)) : 0, y1 = Math.max(...ys);
   if (!(y1 > y0)) { y1 = (y0 || 1) * 2; }
   if (options.logY) { y0 /= 1.3; y1 *= 1.3; } else { y1 *= 1.08; }
@@ -79,20 +83,23 @@ function chart(title, note, lines, options = {}) {
   return `<div class="card"><h3>${escape(title)}</h3><small>${escape(note)}</small><svg viewBox="0 0 ${width} ${height}" role="img">${svg}</svg></div>`;
 }
 
-// Bars with the lowest and highest round as a whisker. `bars`: [{ name, value, low, high, text }].
+// Bars with the lowest and highest round as a whisker. `bars`: [{ name, value, low, high, text }]. A bar many times as long as
+// the middle one is cut off and drawn pale.
 function bars(title, note, rows) {
   const shown = rows.filter((row) => row.value !== null);
   if (!shown.length) return "";
-  const most = Math.max(...shown.map((row) => row.high));
+  const limit = 6 * median(shown.map((row) => row.value));
+  const most = Math.max(...shown.filter((row) => row.value <= limit).map((row) => Math.min(row.high, limit)));
   const rowHeight = 24, left = 78, right = 92, width = 420;
   const X = (value) => left + (value / (most || 1)) * (width - left - right);
   let svg = "";
   shown.forEach((row, index) => {
     const y = index * rowHeight + 4;
     svg += `<text x="${left - 8}" y="${y + 12}" text-anchor="end">${escape(row.name)}</text>`;
-    svg += `<rect x="${left}" y="${y}" height="15" width="${Math.max(1, X(row.value) - left)}" fill="${colour(row.name)}" rx="2"/>`;
-    svg += `<line x1="${X(row.low)}" x2="${X(row.high)}" y1="${y + 7.5}" y2="${y + 7.5}" stroke="#1c2530"/>`;
-    svg += `<text x="${X(row.high) + 7}" y="${y + 12}" style="fill:#1c2530">${escape(row.text)}</text>`;
+    const cut = row.value > limit, end = X(Math.min(row.high, most));
+    svg += `<rect x="${left}" y="${y}" height="15" width="${Math.max(1, X(Math.min(row.value, most)) - left)}" fill="${colour(row.name)}"${cut ? ' fill-opacity="0.35"' : ""} rx="2"/>`;
+    if (!cut) svg += `<line x1="${X(row.low)}" x2="${end}" y1="${y + 7.5}" y2="${y + 7.5}" stroke="#1c2530"/>`;
+    svg += `<text x="${end + 7}" y="${y + 12}" style="fill:#1c2530">${cut ? "… " : ""}${escape(row.text)}</text>`;
   });
   return `<div class="card"><h3>${escape(title)}</h3><small>${escape(note)}</small><svg viewBox="0 0 ${width} ${shown.length * rowHeight + 6}" role="img">${svg}</svg></div>`;
 }
@@ -113,32 +120,60 @@ function course(title, note, cells, of) {
   return lines.some((line) => line.points.some((point) => point[1] > 0)) ? chart(title, note, lines, { xLabel: "seconds" }) : "";
 }
 
+// A target's cost over nginx's, round by round.
+function ratios(cell) {
+  const base = data.cells.find((other) => other.scenario === cell.scenario && other.target === "nginx" && other.reports.length);
+  if (!base || cell.target === "direct") return [];
+  return cell.reports.map((report, index) => {
+    const other = base.reports[index] && cost(base, base.reports[index]);
+    const own = cost(cell, report);
+    return other && own !== null ? own / other : null;
+  }).filter((ratio) => ratio !== null);
+}
+const shade = (ratio) => (ratio === null ? "" : ratio <= 1 ? "good" : "soft");
+const failedOf = (cell) => sum(cell.reports.map(failures));
+
 function summary(cells) {
-  const base = data.cells.find((cell) => cell.scenario === cells[0].scenario && cell.target === "nginx" && cell.reports.length);
   const direct = cells.find((cell) => cell.target === "direct");
-  const p99 = (cell) => median(cell.reports.map((report) => latency(report).p99_us / 1e3));
+  const at = (cell, field) => median(cell.reports.map((report) => latency(report)[field] / 1e3));
+  const over = (cell, field) => (direct && cell !== direct ? number(at(cell, field) - at(direct, field)) : "–");
   const per = cells[0].figure === "request" ? "request" : "event";
   const rows = cells.map((cell) => {
-    const costs = cell.reports.map((report) => cost(cell, report));
-    const ratios = base && cell.target !== "direct" ? cell.reports.map((report, index) => {
-      const other = base.reports[index] && cost(base, base.reports[index]);
-      return other ? cost(cell, report) / other : null;
-    }) : [];
-    const ratio = median(ratios);
-    const failed = sum(cell.reports.map(failures));
+    const own = ratios(cell), ratio = median(own);
+    const failed = failedOf(cell);
     const middle = (of) => median(cell.reports.map(of));
+    const spread = own.length > 1 ? ` <small class="soft">(${number(Math.min(...own), 2)}–${number(Math.max(...own), 2)})</small>` : "";
     return `<tr><td><b style="color:${colour(cell.target)}">${escape(cell.target)}</b></td>
-      <td>${number(middle((r) => (per === "request" ? r.requests_per_s : r.events_per_s)), 0)}</td><td>${number(median(costs))}</td>
-      <td class="${ratio === null ? "" : ratio <= 1 ? "good" : "soft"}">${ratio === null ? "–" : "× " + number(ratio, 2)}</td>
+      <td>${number(middle((r) => (per === "request" ? r.requests_per_s : r.events_per_s)), 0)}</td><td>${number(median(cell.reports.map((r) => cost(cell, r))))}</td>
+      <td class="${shade(ratio)}">${ratio === null ? "–" : "× " + number(ratio, 2)}${spread}</td>
       <td>${number(middle((r) => sum(r.processes.map((p) => p.cores)) * 100), 0)}</td>
-      <td>${number(middle((r) => latency(r).p50_us / 1e3))}</td><td>${number(p99(cell))}</td>
-      <td>${direct && cell !== direct ? number(p99(cell) - p99(direct)) : "–"}</td>
+      <td>${number(at(cell, "p50_us"))}</td><td>${number(at(cell, "p99_us"))}</td><td>${over(cell, "p50_us")}</td><td>${over(cell, "p99_us")}</td>
       <td>${number(middle((r) => (per === "request" ? r.system_calls_per_request : r.system_calls_per_event)))}</td>
       <td>${number(middle((r) => sum(r.processes.map((p) => p.resident_after_bytes)) / 1048576), 0)}</td>
       <td class="${failed ? "bad" : ""}">${failed}</td></tr>`;
   });
-  return `<table><tr><th>target</th><th>${per}s/s</th><th>${UNIT[cells[0].figure]}</th><th>to nginx</th><th>core %</th><th>p50 ms</th><th>p99 ms</th>
-    <th>p99 over direct</th><th>system calls per ${per}</th><th>MiB</th><th>failed</th></tr>${rows.join("")}</table>`;
+  return `<table><tr><th>target</th><th>${per}s/s</th><th>${UNIT[cells[0].figure]}</th><th>to nginx (low–high)</th><th>core %</th><th>p50 ms</th><th>p99 ms</th>
+    <th>p50 over direct</th><th>p99 over direct</th><th>system calls per ${per}</th><th>MiB</th><th>failed</th></tr>${rows.join("")}</table>`;
+}
+
+// Every scenario on one line: what each target costs, and how that is to nginx.
+function overview(names) {
+  const shown = targets.filter((target) => target !== "direct" && data.cells.some((cell) => cell.target === target && cell.reports.length));
+  if (names.length < 2 || !shown.length) return "";
+  const rows = names.map((name) => {
+    const cells = data.cells.filter((cell) => cell.scenario === name);
+    const columns = shown.map((target) => {
+      const cell = cells.find((candidate) => candidate.target === target);
+      if (!cell || !cell.reports.length) return `<td class="soft" title="${escape(cell?.skipped ?? "not run")}">–</td>`;
+      const ratio = median(ratios(cell));
+      return `<td>${number(median(cell.reports.map((report) => cost(cell, report))))}${target === "nginx" || ratio === null ? "" : ` <small class="${shade(ratio)}">× ${number(ratio, 2)}</small>`}
+        ${failedOf(cell) ? `<small class="bad">${failedOf(cell)} failed</small>` : ""}</td>`;
+    });
+    return `<tr><td><a href="#${escape(name)}">${escape(name)}</a></td><td class="text soft">${escape(UNIT[cells[0].figure])}</td>${columns.join("")}</tr>`;
+  });
+  return `<h2>Overview</h2><p>What one unit of work costs the target (medians of the rounds), and × that of nginx in the same rounds. Less is better.</p>
+    <table><tr><th>scenario</th><th class="text">cost</th>${shown.map((target) => `<th style="color:${colour(target)}">${escape(target)}</th>`).join("")}</tr>${rows.join("")}</table>` +
+    (data.remarks?.length ? `<ul>${data.remarks.map((remark) => `<li>${escape(remark)}</li>`).join("")}</ul>` : "");
 }
 
 function parts(cells) {
@@ -156,17 +191,18 @@ const machine = data.machine;
 document.title = `gateway-bench ${machine.date}`;
 add(`<h1>gateway-bench</h1><p>${escape(machine.date)} · Linux ${escape(machine.kernel)} · ${escape(machine.processor)}, ${machine.cores} cores,
   ${number(machine.memory_bytes / 2 ** 30, 0)} GiB · commit <code>${escape(machine.commit ?? "unknown")}</code><br><code>${escape(data.command)}</code></p>`);
+const names = [...new Set(data.cells.map((cell) => cell.scenario))];
+add(overview(names));
 if (data.targets.length) {
-  add(`<table><tr><th>target</th><th class="text">what it is</th><th class="text">on</th><th class="text">off</th><th class="text">version</th></tr>${data.targets.map((target) =>
+  add(`<h2>Targets</h2><table class="targets"><tr><th>target</th><th class="text">what it is</th><th class="text">on</th><th class="text">off</th><th class="text">version</th></tr>${data.targets.map((target) =>
     `<tr><td><b style="color:${colour(target.name)}">${escape(target.name)}</b></td><td class="text">${escape(target.about)}</td><td class="text">${escape(target.on.join(", "))}</td>
     <td class="text">${escape(target.off.join(", "))}</td><td class="text ${target.missing ? "soft" : ""}">${escape(target.missing ?? target.version)}</td></tr>`).join("")}</table>`);
 }
-const names = [...new Set(data.cells.map((cell) => cell.scenario))];
 for (const name of names) {
   const all = data.cells.filter((cell) => cell.scenario === name);
   const cells = all.filter((cell) => cell.reports.length);
   const skipped = all.filter((cell) => cell.skipped).map((cell) => `<br>${escape(cell.target)} skipped: ${escape(cell.skipped)}`);
-  add(`<h2>${escape(name)}</h2><p>${escape(all[0].about)}${skipped.join("")}</p>`);
+  add(`<h2 id="${escape(name)}">${escape(name)}</h2><p>${escape(all[0].about)}${skipped.join("")}</p>`);
   if (!cells.length) continue;
   const stamped = cells.some((cell) => cell.reports.some((report) => report.delay.count));
   const costs = cells.map((cell) => {

@@ -74,7 +74,7 @@ impl<'a> Engine<'a> {
         let tls = if url.tls {
             let trust = options.trust.as_ref().unwrap_or(&Trust::Anything);
             let name = ServerName::try_from(url.host.clone()).map_err(io::Error::other)?;
-            Some((trust.config()?, name))
+            Some((trust.config(options.tls_resume)?, name))
         } else {
             None
         };

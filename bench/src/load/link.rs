@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use mio::net::TcpStream;
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
@@ -27,12 +28,14 @@ pub enum Trust {
 }
 
 impl Trust {
-    pub(super) fn config(&self) -> io::Result<Arc<ClientConfig>> {
+    /// Settings of the load generator's TLS. Without `resume` every connection has a whole handshake: servers differ in
+    /// whether they hand tickets out, and a resumed session skips the costly half.
+    pub(super) fn config(&self, resume: bool) -> io::Result<Arc<ClientConfig>> {
         let provider = Arc::new(aws_lc_rs::default_provider());
         let builder = ClientConfig::builder_with_provider(provider.clone())
             .with_safe_default_protocol_versions()
             .map_err(io::Error::other)?;
-        let config = match self {
+        let mut config = match self {
             Self::Anything => {
                 let verifier = Arc::new(TakeAnything(provider));
                 builder
@@ -50,6 +53,9 @@ impl Trust {
                 builder.with_root_certificates(roots).with_no_client_auth()
             }
         };
+        if !resume {
+            config.resumption = Resumption::disabled();
+        }
         Ok(Arc::new(config))
     }
 }

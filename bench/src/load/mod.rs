@@ -88,6 +88,8 @@ pub struct Options {
     pub sources: Option<Sources>,
     /// For `https`; [`Trust::Anything`] where it is not set.
     pub trust: Option<Trust>,
+    /// For `https`: resume sessions where the server hands tickets out. Otherwise each connection has a whole handshake.
+    pub tls_resume: bool,
     /// Processes whose cost is measured; their costs are added up.
     pub pids: Vec<u32>,
     /// For so long after the window, with the load still on, the processes' system calls are counted.
@@ -132,6 +134,7 @@ impl Default for Options {
             slow_reader: None,
             sources: None,
             trust: None,
+            tls_resume: false,
             pids: Vec::new(),
             count_system_calls: None,
             threads: 1,

@@ -12,6 +12,8 @@ const BLOCK_BYTES: usize = 256;
 /// Tokens of a block.
 pub const BLOCK_TOKENS: u64 = 64;
 const MINUTE_NS: f64 = 60e9;
+/// Models of endpoints whose limits are kept at once. Names come from the caller, and each is some hundred bytes.
+const ACCOUNTS_MAX: usize = 16 * 1024;
 
 /// A place among the calls that are answered at once. Dropping it frees the place.
 #[derive(Debug)]
@@ -50,6 +52,14 @@ struct Account {
     active: Arc<AtomicU32>,
 }
 
+impl Account {
+    /// Whether a new account would say the same: nothing is under way, and a minute has filled the buckets again.
+    fn is_forgotten(&self, now_ns: u64) -> bool {
+        let since_ns = now_ns.saturating_sub(self.requests.at_ns.max(self.tokens.at_ns));
+        self.active.load(Relaxed) == 0 && since_ns as f64 >= MINUTE_NS
+    }
+}
+
 /// What is known of one model on one endpoint, and of one endpoint's cache.
 #[derive(Debug, Default)]
 pub struct Provider {
@@ -84,19 +94,27 @@ impl Provider {
             };
         }
         let mut accounts = self.accounts.lock().unwrap_or_else(PoisonError::into_inner);
-        let account = accounts
-            .entry((endpoint, model.to_owned()))
-            .or_insert_with(|| Account {
-                requests: Bucket {
-                    left: f64::from(limits.requests_per_minute),
-                    at_ns: now_ns,
-                },
-                tokens: Bucket {
-                    left: f64::from(limits.tokens_per_minute),
-                    at_ns: now_ns,
-                },
-                active: Arc::default(),
-            });
+        let name = (endpoint, model.to_owned());
+        if accounts.len() >= ACCOUNTS_MAX && !accounts.contains_key(&name) {
+            accounts.retain(|_, account| !account.is_forgotten(now_ns));
+            if accounts.len() >= ACCOUNTS_MAX {
+                return Verdict {
+                    fields: String::new(),
+                    outcome: Err((MINUTE_NS / 1e9) as u32),
+                };
+            }
+        }
+        let account = accounts.entry(name).or_insert_with(|| Account {
+            requests: Bucket {
+                left: f64::from(limits.requests_per_minute),
+                at_ns: now_ns,
+            },
+            tokens: Bucket {
+                left: f64::from(limits.tokens_per_minute),
+                at_ns: now_ns,
+            },
+            active: Arc::default(),
+        });
         account.requests.refill(limits.requests_per_minute, now_ns);
         account.tokens.refill(limits.tokens_per_minute, now_ns);
         let tokens = tokens as f64;
@@ -281,5 +299,32 @@ mod tests {
         assert!(provider.admit(0, "n", Api::Messages, one, 1, 0).outcome.is_err());
         drop(first);
         assert!(provider.admit(0, "n", Api::Messages, one, 1, 0).outcome.is_ok());
+    }
+
+    #[test]
+    fn names_without_end_are_forgotten_or_refused() {
+        let provider = Provider::default();
+        let limits = ProviderLimits {
+            requests_per_minute: 5,
+            ..ProviderLimits::default()
+        };
+        let admit = |model: usize, now_s: u64| {
+            let verdict = provider.admit(0, &model.to_string(), Api::Chat, limits, 1, now_s * 1_000_000_000);
+            verdict.outcome
+        };
+        let under_way = admit(0, 0);
+        assert!(matches!(under_way, Ok(Some(_))));
+        for model in 1..ACCOUNTS_MAX {
+            assert!(admit(model, 0).is_ok());
+        }
+        assert_eq!(
+            admit(ACCOUNTS_MAX, 1).err(),
+            Some(60),
+            "no more of them within the minute"
+        );
+        assert!(admit(1, 1).is_ok(), "who is known is served");
+        assert!(admit(ACCOUNTS_MAX, 60).is_ok(), "a minute fills every bucket");
+        // The call under way, the one that came in the first second, and the newest.
+        assert_eq!(provider.accounts.lock().unwrap().len(), 3);
     }
 }

@@ -351,8 +351,10 @@ impl Setup {
         self
     }
 
-    /// Sets the data plane's threads and engine.
+    /// Sets the data plane's threads and engine; `auto` is the suite's own.
     pub fn workers(mut self, threads: usize, driver: &str) -> Setup {
+        let own = self::driver();
+        let driver = if driver == "auto" { &own } else { driver };
         self.more =
             format!("kernel: {{ mode: \"off\" }}\nworkers: {{ threads: {threads}, driver: {driver} }}\n");
         self
