@@ -20,6 +20,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a deleted document's name is kept for other hosts that have not heard of it.
 const TOMBSTONE_MS: u64 = 30 * 86_400_000;
 
+/// Greatest stamp that is taken from another host, milliseconds: no clock shows it, and changes after it still have room.
+const STAMP_MS_MAX: u64 = 1 << 62;
+
 /// Entries of the audit log; the oldest go. A change a minute for nearly two years.
 pub const AUDIT_MAX: u64 = 1_000_000;
 
@@ -335,7 +338,13 @@ impl Db {
     }
 
     /// Takes over another host's change; false where it is not newer than what is here.
+    ///
+    /// # Errors
+    /// The document is not understood, or its stamp leaves no room for later ones; or the database's.
     pub fn apply(&mut self, change: &Change) -> Result<bool, Failure> {
+        if change.stamp.unix_ms > STAMP_MS_MAX {
+            return Err(Failure::invalid("its stamp is no time"));
+        }
         if self
             .stamp_of(change.kind, &change.id)?
             .is_some_and(|own| own >= change.stamp)
@@ -493,12 +502,24 @@ impl Db {
         Ok(changes)
     }
 
-    /// Writes an entry of the audit log. `detail` has no secrets.
+    /// Writes an entry of the audit log about a document. `detail` has no secrets.
     pub fn audit(
         &mut self,
         actor: &str,
         action: &str,
         kind: Kind,
+        what: (&str, &str),
+        detail: &serde_json::Value,
+    ) -> Result<(), Failure> {
+        self.audit_deed(actor, action, kind.name(), what, detail)
+    }
+
+    /// Writes an entry of the audit log, of a document or something else. `detail` has no secrets.
+    pub fn audit_deed(
+        &mut self,
+        actor: &str,
+        action: &str,
+        kind: &str,
         (id, name): (&str, &str),
         detail: &serde_json::Value,
     ) -> Result<(), Failure> {
@@ -510,7 +531,7 @@ impl Db {
             clock::unix_ms(),
             actor,
             action,
-            kind.name(),
+            kind,
             id,
             name,
             detail.to_string()
