@@ -106,7 +106,10 @@ impl Blocks {
         let exempt_within = u64::from(self.policy.exempts_within(&client));
         match self.find(client)? {
             Some(block) if block.exempt_within != exempt_within => {
-                let block = Block { exempt_within, ..block };
+                let block = Block {
+                    exempt_within,
+                    ..block
+                };
                 self.clients.insert(ClientKey::whole(client.addr()), block, 0)
             }
             _ => Ok(()),

@@ -141,9 +141,9 @@ impl Kernel {
 
     /// Counts connections of one more port; one that is counted already goes on.
     fn count_port(&mut self, port: u16) -> Result<(), Off> {
-        self.ports.add(port).map_err(|e| {
-            Off::failed(&format!("counting port {port} (the bound is {PORTS_MAX})"), &e)
-        })
+        self.ports
+            .add(port)
+            .map_err(|e| Off::failed(&format!("counting port {port} (the bound is {PORTS_MAX})"), &e))
     }
 
     /// Takes the program off a group again, before its sockets are closed or handed on. Its slot becomes free.
@@ -298,7 +298,9 @@ impl Kernel {
     /// The connections of each port that is counted, ascending; at most 256.
     pub fn ports(&self) -> Vec<PortStats> {
         let ports = self.ports.list();
-        ports.map(|(port, counts)| PortStats::new(port, &counts)).collect()
+        ports
+            .map(|(port, counts)| PortStats::new(port, &counts))
+            .collect()
     }
 
     /// At most `max` clients, those with the most open connections first, then the most lately seen. Walks the whole map:

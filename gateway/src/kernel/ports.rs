@@ -23,11 +23,7 @@ impl Ports {
     ) -> Result<Ports, MapError> {
         let entries = index.iter().take(PORTS_MAX as usize);
         let slots = entries.collect::<Result<BTreeMap<u32, u32>, MapError>>()?;
-        Ok(Ports {
-            index,
-            counts,
-            slots,
-        })
+        Ok(Ports { index, counts, slots })
     }
 
     /// Counts connections of one more port from now on; one that is counted already goes on.

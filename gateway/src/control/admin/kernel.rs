@@ -264,11 +264,7 @@ struct Unblock {
     client: Target,
 }
 
-async fn block(
-    State(plane): State<App>,
-    By(who): By,
-    body: Bytes,
-) -> Result<Json<Value>, Failure> {
+async fn block(State(plane): State<App>, By(who): By, body: Bytes) -> Result<Json<Value>, Failure> {
     let block: Block = parse(&body)?;
     let hold = block.hold.as_deref().map_or(Ok(BLOCK_DEFAULT), hold_of)?;
     let net = plane
@@ -280,11 +276,7 @@ async fn block(
     Ok(Json(json!({ "net": net, "seconds": hold.as_secs() })))
 }
 
-async fn unblock(
-    State(plane): State<App>,
-    By(who): By,
-    body: Bytes,
-) -> Result<Json<Value>, Failure> {
+async fn unblock(State(plane): State<App>, By(who): By, body: Bytes) -> Result<Json<Value>, Failure> {
     let unblock: Unblock = parse(&body)?;
     let (net, was_blocked) = plane.kernel_unblock(unblock.client).map_err(Failure::conflict)?;
     tracing::info!(by = %who.name, %net, was_blocked, "unblocked by hand");
