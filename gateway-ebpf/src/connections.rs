@@ -152,8 +152,14 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     };
     // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked.
-    let (now_ns, opened_ns, born_ns, slot) =
-        unsafe { (bpf_ktime_get_ns(), (*conn).opened_ns, (*conn).born_ns, (*conn).port) };
+    let (now_ns, opened_ns, born_ns, slot) = unsafe {
+        (
+            bpf_ktime_get_ns(),
+            (*conn).opened_ns,
+            (*conn).born_ns,
+            (*conn).port,
+        )
+    };
     let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
@@ -194,7 +200,13 @@ struct Told {
 
 /// Adds to the counters what they do not have yet of a connection's payload (in, out) and repeated segments.
 #[inline(always)]
-fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Client, payload: (u64, u64)) -> Told {
+fn tell(
+    ctx: &SockOpsContext,
+    conn: *mut Conn,
+    port: *mut Port,
+    entry: *mut Client,
+    payload: (u64, u64),
+) -> Told {
     // SAFETY: reads of context fields, aligned, as the verifier demands; a live value of the map, with the socket locked.
     let (told, srtt_us) = unsafe {
         let repeated = (*ctx.ops).total_retrans;
