@@ -13,10 +13,16 @@ Needs root (BPF), python3, openssl. It starts a gateway of its own on loopback, 
   (both end in a reset), plus what the gateway's process used meanwhile. Turns alternate, medians are compared, and what is
   measured is never taken for less than the program's own run time as the kernel counts it (bpf_stats_enabled).
 
-Prints JSON: nanoseconds each, ratios, and the aims (50 plain, 500 TLS).
+- Bare SYNs: the same without this client's sockets. Another network namespace sends SYNs of a blocked client through a veth
+  pair, as raw packets; the kernel handles them in the sender's time, so its CPU time for each, less that of sending alone (to
+  a pair whose other end is down), is what receiving costs: at a port where nobody listens, dropped by `listener`, dropped by
+  `driver` (XDP, native on veth). The first two send a reset, which is part of it.
+
+Everything runs in a network namespace of its own. Prints JSON: nanoseconds each, ratios, and the aims (50 plain, 500 TLS).
 """
 
 import argparse
+import ctypes
 import glob
 import hashlib
 import json
@@ -25,6 +31,7 @@ import resource
 import socket
 import ssl
 import statistics
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,6 +40,8 @@ import urllib.request
 
 KEY = "sk-bench-refusal"
 FLOOD = "127.0.0.2"
+HERE, THERE, NOWHERE = "10.99.0.1", "10.99.0.2", "10.99.1.2"
+CLONE_NEWNET = 0x40000000
 
 
 def free_port():
@@ -58,27 +67,27 @@ def own_cpu_ns():
     return int((usage.ru_utime + usage.ru_stime) * 1e9)
 
 
-def config(directory, ports, limit):
+def config(directory, ports, limit, xdp):
     sha = hashlib.sha256(KEY.encode()).hexdigest()
     plain, tls, admin, dead = ports
     return f"""
 listeners:
-  - address: 127.0.0.1:{plain}
+  - address: 0.0.0.0:{plain}
   - {{ address: "127.0.0.1:{tls}", tls: {{ certificate: {directory}/cert.pem, key: {directory}/key.pem }} }}
 admin: {{ address: "127.0.0.1:{admin}", token: bench-refusal }}
 providers: {{ sim: {{ kind: openai, endpoints: ["http://127.0.0.1:{dead}"] }} }}
 models: [{{ name: fast, targets: [{{ provider: sim }}] }}]
 keys: [{{ name: bench, sha256: {sha} }}]
 limits: [{{ requests: 1, every: 1mo }}]
-kernel: {{ mode: required, drop: {{ after_refusals: {limit}, within: 1h, for: 1h }} }}
+kernel: {{ mode: required, {xdp} drop: {{ after_refusals: {limit}, within: 1h, for: 1h }} }}
 workers: {{ threads: 1, pin: false }}
 ledger: {{ path: {directory}/state }}
-log: {{ level: warn, access: "off" }}
+log: {{ level: error, access: "off" }}
 """
 
 
 class Gateway:
-    def __init__(self, binary):
+    def __init__(self, binary, xdp=""):
         self.directory = tempfile.TemporaryDirectory(prefix="gateway-refusal-")
         self.ports = [free_port() for _ in range(4)]
         path = self.directory.name
@@ -88,7 +97,7 @@ class Gateway:
             check=True, stderr=subprocess.DEVNULL)
         with open(f"{path}/gateway.yaml", "w") as file:
             # Never blocked by itself: the block is made by hand when its turn comes.
-            file.write(config(path, self.ports, 4_000_000))
+            file.write(config(path, self.ports, 4_000_000, xdp))
         self.process = subprocess.Popen([binary, "run", "-c", f"{path}/gateway.yaml"])
         deadline = time.monotonic() + 30
         while True:
@@ -164,12 +173,114 @@ def program_ns():
     return (sum(r[0] for r in runs), sum(r[1] for r in runs)) if runs else None
 
 
+def unshare():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWNET) != 0:
+        sys.exit(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+
+
+def ip(*words):
+    subprocess.run(["ip", *words], check=True)
+
+
+class Sender:
+    """A process in another network namespace, which sends SYNs through a wire and tells its CPU time for each."""
+
+    def __init__(self):
+        orders, answers = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(orders[1])
+                unshare()
+                os.write(answers[1], b"\0" * 8)
+                self.send(orders[0], answers[1])
+            finally:
+                os._exit(1)
+        os.close(orders[0])
+        self.orders, self.answers = orders[1], answers[0]
+        os.read(self.answers, 8)
+        ip("link", "add", "veth-here", "type", "veth", "peer", "name", "veth-there", "netns", str(self.pid))
+        ip("addr", "add", f"{HERE}/24", "dev", "veth-here")
+        ip("link", "set", "veth-here", "up")
+        there = ["nsenter", f"--net=/proc/{self.pid}/ns/net", "ip"]
+        for words in (f"addr add {THERE}/24 dev veth-there", "link set veth-there up",
+                      "link add veth-dead type veth peer name veth-end", "addr add 10.99.1.1/24 dev veth-dead",
+                      "link set veth-dead up", f"neigh add {NOWHERE} lladdr 02:00:00:00:00:01 dev veth-dead nud permanent"):
+            subprocess.run([*there, *words.split()], check=True)
+        # Addresses are resolved before anything is measured.
+        self.cost(True, 9, 10)
+        time.sleep(0.2)
+
+    @staticmethod
+    def send(orders, answers):
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        while order := os.read(orders, 10):
+            here, port, count = struct.unpack("=?xII", order)
+            target = HERE if here else NOWHERE
+            packet = syn(THERE, target, port)
+            before = own_cpu_ns()
+            for _ in range(count):
+                raw.sendto(packet, (target, 0))
+            os.write(answers, struct.pack("=Q", (own_cpu_ns() - before) // count))
+
+    def cost(self, here, port, count):
+        os.write(self.orders, struct.pack("=?xII", here, port, count))
+        return struct.unpack("=Q", os.read(self.answers, 8))[0]
+
+    def end(self):
+        os.close(self.orders)
+        os.waitpid(self.pid, 0)
+
+
+def syn(source, target, port):
+    """A SYN as an IPv4 packet; the kernel fills in the IP header's checksum."""
+    ends = socket.inet_aton(source) + socket.inet_aton(target)
+    segment = struct.pack("!HHIIBBHHH", 40000, port, 1, 0, 0x50, 0x02, 0xffff, 0, 0)
+    words = struct.unpack("!16H", ends + struct.pack("!HH", 6, len(segment)) + segment)
+    total = sum(words)
+    total = (total & 0xffff) + (total >> 16)
+    total = ~((total & 0xffff) + (total >> 16)) & 0xffff
+    head = struct.pack("!BBHHHBBH", 0x45, 0, 40, 0, 0x4000, 64, 6, 0)
+    return head + ends + segment[:16] + struct.pack("!H", total) + segment[18:]
+
+
+def bare(binary, sender, count):
+    """Median nanoseconds to receive a SYN at a dead port, dropped by `listener`, and by XDP."""
+    turns, costs = 10, {}
+    for name, xdp in (("listener", ""), ("xdp", "xdp: { interface: veth-here, mode: native },")):
+        gateway = Gateway(binary, xdp)
+        try:
+            plain, _, _, dead = gateway.ports
+            gateway.admin("POST", "/kernel/block", {"client": THERE, "for": "1h"})
+            rows = []
+            for _ in range(turns):
+                alone = sender.cost(False, plain, count // turns)
+                closed = sender.cost(True, dead, count // turns)
+                dropped = sender.cost(True, plain, count // turns)
+                rows.append((alone, closed - alone, dropped - alone))
+            kernel = json.loads(gateway.admin("GET", "/kernel"))
+            counted = kernel["dropped" if name == "listener" else "xdp_dropped"]
+            if counted < count // turns * turns:
+                sys.exit(f"{name} dropped {counted} of {count}")
+            alone, closed, dropped = (statistics.median(row[column] for row in rows) for column in range(3))
+            costs |= {"send_ns": alone, "syn_nobody_listens_ns": closed} if name == "listener" else {}
+            costs[f"syn_dropped_by_{name}_ns"] = dropped
+        finally:
+            gateway.end()
+    return costs
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gateway", default=os.path.join(os.path.dirname(__file__), "../target/release/gateway"))
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--tls-count", type=int, default=2_000)
     options = parser.parse_args()
+    options.gateway = os.path.abspath(options.gateway)
+    unshare()
+    ip("link", "set", "lo", "up")
+    sender = Sender()
     gateway = Gateway(options.gateway)
     try:
         pid, (plain, tls, _, dead) = gateway.process.pid, gateway.ports
@@ -194,15 +305,19 @@ def main():
         if ran and ran_after and ran_after[1] > ran[1]:
             program = (ran_after[0] - ran[0]) / (ran_after[1] - ran[1])
         drop = max(measured, program or 0, 1)
+        syns = bare(options.gateway, sender, options.count * 5)
+        of_syns = {f"ratio_{kind}_{name}": round(cost[kind] / max(syns[f"syn_dropped_by_{name}_ns"], 1), 1)
+                   for kind in ("plain", "tls") for name in ("listener", "xdp")}
         print(json.dumps({
             "refused_plain_ns": round(cost["plain"]), "refused_tls_ns": round(cost["tls"]),
             "connect_dropped_ns": round(statistics.median(dropped)), "connect_nobody_listens_ns": round(statistics.median(closed)),
             "gateway_meanwhile_ns": round(idle), "program_ns": program and round(program), "drop_ns": round(drop),
             "ratio_plain": round(cost["plain"] / drop, 1), "ratio_tls": round(cost["tls"] / drop, 1),
-            "aim_plain": 50, "aim_tls": 500,
+            "bare": syns | of_syns, "aim_plain": 50, "aim_tls": 500,
         }, indent=2))
     finally:
         gateway.end()
+        sender.end()
 
 
 if __name__ == "__main__":

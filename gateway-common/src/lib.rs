@@ -41,6 +41,13 @@ pub const RATES_MAX: u32 = 65_536;
 /// Local ports whose connections are counted.
 pub const PORTS_MAX: u32 = 256;
 
+/// Slots of open connections, by cookie; a power of two. Cookies are given out in order, so connections meet in one only where
+/// one has stayed while that many came; the later one is kept apart, at the cost of an allocation. 4 MiB.
+pub const CONN_SLOTS: u32 = 65_536;
+
+/// Segments with payload, both ways, below which an open connection tells nothing: short ones tell all at their end.
+pub const TELL_SEGMENTS: u32 = 8;
+
 /// No core: the value of a CPU that has none in the steering map.
 pub const CORE_NONE: u32 = u32::MAX;
 
@@ -62,8 +69,9 @@ pub const CALM_NS: u64 = HALF_OPEN_NS / 2;
 /// Slots of the array that finds a listener group by its port; a power of two. Where two ports meet in one, a hash is asked.
 pub const NEAR_SLOTS: u32 = 64;
 
-/// How often an open connection's figures are added to the counters at most, nanoseconds. The last addition is at its end.
-pub const TELL_NS: u64 = 1_000_000_000;
+/// How often an open connection's figures are added to the counters at most, in units of 2^20 ns: a second. The last addition
+/// is at its end.
+pub const TELL_TICKS: u32 = 954;
 
 /// Least time between two log lines of one CPU about dropped clients. A flood must not become a flood of lines.
 pub const LOG_PAUSE_NS: u64 = 100_000_000;

@@ -24,8 +24,10 @@ pub mod names {
     pub const RATES: &str = "RATES";
     /// Array of one `u64`: until when attempts of unknown clients are accounted for, on CLOCK_MONOTONIC.
     pub const HALF_OPEN: &str = "HALF_OPEN";
-    /// Socket storage of [`super::Conn`]: what is known of an open connection.
+    /// Array socket cookie modulo [`crate::CONN_SLOTS`] → [`super::Conn`]: what is known of an open connection.
     pub const CONNS: &str = "CONNS";
+    /// Socket storage of [`super::Conn`], for connections whose slot another one has.
+    pub const CONNS_APART: &str = "CONNS_APART";
     /// Hash socket cookie (`u64`) → [`super::Listeners`].
     pub const GROUPS: &str = "GROUPS";
     /// Array port modulo [`crate::NEAR_SLOTS`] → [`super::Near`]: the groups that a port alone tells.
@@ -36,8 +38,10 @@ pub mod names {
     pub const CPU_CORES: &str = "CPU_CORES";
     /// Array core → open streams (`u64`), mapped into user space; slot `CORES_MAX` is the core with the fewest.
     pub const LOADS: &str = "LOADS";
-    /// Hash local port (`u32`, host order) → [`super::Port`].
+    /// Hash local port (`u32`, host order) → its slot in [`PORT_COUNTS`] (`u32`).
     pub const PORTS: &str = "PORTS";
+    /// Per-CPU array slot → [`super::Port`]; slot 0 has the sums of ports that are no longer listened on.
+    pub const PORT_COUNTS: &str = "PORT_COUNTS";
     /// Lowest log level that the programs write (`u8` of aya-log).
     pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 }
@@ -132,28 +136,10 @@ shared! {
         pub stray: u64,
         /// Packets whose client address was asked for and could not be read; they are let through.
         pub unreadable: u64,
-        /// Clients' connections established.
-        pub opened: u64,
-        /// Of those, ended.
-        pub closed: u64,
-        /// Payload bytes received.
-        pub bytes_in: u64,
-        /// Payload bytes sent and acknowledged by the client.
-        pub bytes_out: u64,
-        /// Segments sent again.
-        pub retransmits: u64,
         /// Connections whose client got no entry in the map of clients.
         pub untracked: u64,
-        /// Lives of ended connections.
-        pub life: [u64; LIFE_BUCKETS],
-        /// Sum of those lives, milliseconds.
-        pub life_ms: u64,
         /// `bpf_ktime_get_ns` of this CPU's last log line; not a counter.
         pub logged_ns: u64,
-        /// Cookie of the socket that last entered FIN_WAIT2 on this CPU; not a counter.
-        pub half_closed: u64,
-        /// That socket's octets received by then, as the kernel counts them; not a counter.
-        pub half_closed_in: u64,
     }
 
     /// A blocked client or network.
@@ -164,9 +150,12 @@ shared! {
         pub dropped: u64,
         /// Attempts that were let in because the mode is observe.
         pub would_drop: u64,
+        /// 1: some addresses of the client are exempt, so each must be asked for. Of a network it is always asked.
+        pub exempt_within: u64,
     }
 
-    /// The connections of one client.
+    /// The connections of one client. What each connection touches comes first: with the map's own head and the key, an
+    /// entry is four cache lines, and the first of them here is one of its own.
     pub struct Client {
         /// When the entry was made, CLOCK_MONOTONIC in nanoseconds. A connection that was opened under an earlier entry,
         /// since evicted, does not count down this one's.
@@ -175,23 +164,25 @@ shared! {
         pub opened: u64,
         /// Of those, ended.
         pub closed: u64,
-        /// Attempts refused while the entry was there, for whatever reason.
-        pub refused: u64,
         /// Payload bytes received; open connections' up to a second late.
         pub bytes_in: u64,
         /// Payload bytes sent and acknowledged; as `bytes_in`.
         pub bytes_out: u64,
-        /// Segments sent again; as `bytes_in`.
-        pub retransmits: u64,
         /// Smoothed round trip time as last measured, in microseconds.
         pub srtt_us: u64,
         /// CLOCK_MONOTONIC in nanoseconds when a connection last opened or closed.
         pub seen_ns: u64,
+        /// Segments sent again; as `bytes_in`.
+        pub retransmits: u64,
         /// Lives of ended connections.
         pub life: [u32; LIFE_BUCKETS],
+        /// Attempts refused while the entry was there, for whatever reason.
+        pub refused: u64,
+        /// Fills the third line.
+        pub spare: [u64; 3],
     }
 
-    /// The connections of the listeners on one port.
+    /// One CPU's counters of the connections of the listeners on one port. All only grow; user space sums them over the CPUs.
     pub struct Port {
         /// Connections established.
         pub opened: u64,
@@ -207,22 +198,32 @@ shared! {
         pub retransmits: u64,
         /// Lives of ended connections.
         pub life: [u64; LIFE_BUCKETS],
+        /// Sum of those lives, milliseconds.
+        pub life_ms: u64,
     }
 
-    /// What is known of an open connection.
+    /// What is known of an open connection: a cache line.
     pub struct Conn {
+        /// Connections that want this slot. The one that finds itself alone has it, until it ends.
+        pub claims: u32,
+        /// The slot of its port's counters.
+        pub port: u32,
+        /// The socket that has this slot, or had it last. A cookie is never used again.
+        pub cookie: u64,
         /// CLOCK_MONOTONIC in nanoseconds when it was established.
         pub opened_ns: u64,
         /// `born_ns` of the client's entry that counts it.
         pub born_ns: u64,
-        /// When its figures were last added to the counters, CLOCK_MONOTONIC in nanoseconds.
-        pub told_ns: u64,
+        /// When its figures were last added to the counters: the lower bits of CLOCK_MONOTONIC in units of 2^20 ns.
+        pub told: u32,
+        /// Of its segments sent again, those that are in the counters.
+        pub retransmits: u32,
         /// Of its payload bytes received, those that are in the counters.
         pub bytes_in: u64,
         /// Of its payload bytes sent and acknowledged, those that are in the counters.
         pub bytes_out: u64,
-        /// Of its segments sent again, those that are in the counters.
-        pub retransmits: u64,
+        /// Octets received, as the kernel counts them, plus one, when the client had acknowledged the gateway's close; 0 before.
+        pub half_closed_in: u64,
     }
 
     /// The one group that listens on a port; with a count of 0 the port does not tell.
@@ -245,6 +246,10 @@ shared! {
 }
 
 const _: () = assert!(size_of::<crate::ClientKey>() == 16);
+
+// A slot of `CONNS` is one cache line; an entry of `CLIENTS` is four, with the kernel's 48 bytes and the key
+// (`struct htab_elem`, kernel/bpf/hashtab.c).
+const _: () = assert!(size_of::<Conn>() == 64 && size_of::<Client>() == 3 * 64);
 
 #[cfg(feature = "user")]
 // SAFETY: an array of bytes in a #[repr(C)] structure.

@@ -19,11 +19,13 @@ use aya_ebpf::{
     macros::sock_ops,
     programs::SockOpsContext,
 };
-use gateway_common::{Client, ClientKey, Conn, LIFE_BUCKETS, Port, Settings, TELL_NS};
+use gateway_common::{
+    CONN_SLOTS, Client, ClientKey, Conn, LIFE_BUCKETS, Port, Settings, TELL_SEGMENTS, TELL_TICKS,
+};
 
 use crate::{
     judge::give_back,
-    maps::{CLIENTS, CONNS, FRESH, PORTS, SETTINGS, TOTALS, add, add_u32, count},
+    maps::{CLIENTS, CONNS, CONNS_APART, FRESH, PORT_COUNTS, PORTS, SETTINGS, add, add_u32, count},
 };
 
 const AF_INET: u32 = 2;
@@ -47,38 +49,48 @@ pub fn connections(ctx: SockOpsContext) -> u32 {
 /// operation, those of other services on the cgroup with another local port.
 #[inline(always)]
 fn opened(ctx: &SockOpsContext) {
-    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
+    let Some(slot) = PORTS.get_ptr(ctx.local_port()) else {
+        return;
+    };
+    // SAFETY: a live value of the map, one aligned word.
+    let slot = unsafe { *slot };
+    let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
     let Some(client) = client_of(ctx, settings) else {
-        return;
-    };
-    let Some(conn) = conn_of(ctx, u64::from(BPF_SK_STORAGE_GET_F_CREATE)) else {
-        count!(untracked);
         return;
     };
     // Without these flags the kernel does not report the end; other programs' flags are kept.
     if ctx.set_cb_flags((ctx.cb_flags() | WATCHED) as i32).is_err() {
         return;
     }
+    let Some(conn) = conn_for(ctx) else {
+        count!(untracked);
+        return;
+    };
     // SAFETY: the helper has no preconditions.
     let now_ns = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: live values of maps; the connection's is this program's alone, with the socket locked, and counters are raised
-    // atomically.
+    let entry = entry_for(&client, now_ns);
+    // SAFETY: live values of maps; the connection's is its own, with the socket locked, and counters are raised atomically.
     unsafe {
-        (*conn).told_ns = now_ns;
+        (*conn).port = slot;
         (*conn).opened_ns = now_ns;
+        (*conn).born_ns = entry.map_or(0, |(entry, _)| (*entry).born_ns);
+        (*conn).told = (now_ns >> 20) as u32;
+        // Volatile, or they become a call of memset, whose loop over a pointer is admitted only with CAP_PERFMON.
+        (&raw mut (*conn).retransmits).write_volatile(0);
+        (&raw mut (*conn).bytes_in).write_volatile(0);
+        (&raw mut (*conn).bytes_out).write_volatile(0);
+        (&raw mut (*conn).half_closed_in).write_volatile(0);
         add(&raw mut (*port).opened, 1);
     }
-    count!(opened);
-    let Some((entry, known)) = entry_for(&client, now_ns) else {
+    let Some((entry, known)) = entry else {
         count!(untracked);
         return;
     };
     give_back(settings, known, now_ns);
     // SAFETY: as above; `seen_ns` is one aligned word.
     unsafe {
-        (*conn).born_ns = (*entry).born_ns;
         add(&raw mut (*entry).opened, 1);
         (*entry).seen_ns = now_ns;
     }
@@ -87,24 +99,43 @@ fn opened(ctx: &SockOpsContext) {
 /// A round trip was measured: now and then the moment to tell what an open connection has carried so far.
 #[inline(always)]
 fn measured(ctx: &SockOpsContext) {
-    let Some(conn) = conn_of(ctx, 0) else {
-        return;
+    // First what is at hand: most connections end before they have carried much.
+    // SAFETY: reads of context fields.
+    let (segments, state) = unsafe {
+        let segments = (*ctx.ops).data_segs_in.wrapping_add((*ctx.ops).data_segs_out);
+        (segments, (*ctx.ops).state)
     };
-    // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked; a read of a context field.
-    let (now_ns, told_ns, state) = unsafe { (bpf_ktime_get_coarse_ns(), (*conn).told_ns, (*ctx.ops).state) };
-    if now_ns.saturating_sub(told_ns) < TELL_NS || state != BPF_TCP_ESTABLISHED {
+    if segments < TELL_SEGMENTS || state != BPF_TCP_ESTABLISHED {
         return;
     }
-    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
+    let Some(conn) = conn_of(ctx) else {
+        return;
+    };
+    // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked.
+    let (now, told, slot) = unsafe {
+        let now = (bpf_ktime_get_coarse_ns() >> 20) as u32;
+        (now, (*conn).told, (*conn).port)
+    };
+    // The coarse clock may be behind the moment when it was opened.
+    let since = now.wrapping_sub(told);
+    if since < TELL_TICKS || since > u32::MAX / 2 {
+        return;
+    }
+    let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
     let entry = known(ctx, settings);
     // No FIN either way in this state, so the kernel's figures are payload alone.
     // SAFETY: reads of context fields.
     let payload = unsafe { ((*ctx.ops).bytes_received, (*ctx.ops).bytes_acked) };
-    tell(ctx, conn, port, entry, payload);
+    let told = tell(ctx, conn, port, entry, payload);
     // SAFETY: as above.
-    unsafe { (*conn).told_ns = now_ns };
+    unsafe {
+        (*conn).told = now;
+        (*conn).bytes_in += told.bytes_in;
+        (*conn).bytes_out += told.bytes_out;
+        (*conn).retransmits += told.retransmits as u32;
+    }
 }
 
 #[inline(always)]
@@ -117,33 +148,34 @@ fn state_changed(ctx: &SockOpsContext) {
         return;
     }
     // Without an entry it was not counted when it opened, or another program asked us to watch it.
-    let Some(conn) = conn_of(ctx, 0) else {
+    let Some(conn) = conn_of(ctx) else {
         return;
     };
     // SAFETY: the helper has no preconditions; a live value of the map, with the socket locked.
-    let (now_ns, opened_ns, born_ns) = unsafe { (bpf_ktime_get_ns(), (*conn).opened_ns, (*conn).born_ns) };
-    if opened_ns == 0 {
-        return;
-    }
-    let (Some(port), Some(settings)) = (port_of(ctx), SETTINGS.get(0)) else {
+    let (now_ns, opened_ns, born_ns, slot) = unsafe {
+        (
+            bpf_ktime_get_ns(),
+            (*conn).opened_ns,
+            (*conn).born_ns,
+            (*conn).port,
+        )
+    };
+    let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
     let entry = known(ctx, settings);
-    tell(ctx, conn, port, entry, payload(ctx, state));
-    // SAFETY: as above. A connection ends once: its end is not counted again whatever states follow.
-    unsafe { (*conn).opened_ns = 0 };
+    tell(ctx, conn, port, entry, payload(ctx, conn, state));
     let life_ms = now_ns.wrapping_sub(opened_ns) / 1_000_000;
-    count!(closed);
-    count!(life_ms, life_ms);
     let bucket = opaque(conn, bucket_of(life_ms));
     if bucket >= LIFE_BUCKETS {
         return;
     }
-    count_life(bucket);
+    give_up(conn);
     // SAFETY: live values of maps, raised atomically.
     unsafe {
         add(&raw mut (*port).closed, 1);
         add((&raw mut (*port).life).cast::<u64>().add(bucket), 1);
+        add(&raw mut (*port).life_ms, life_ms);
     }
     if entry.is_null() {
         return;
@@ -159,46 +191,51 @@ fn state_changed(ctx: &SockOpsContext) {
     }
 }
 
+/// What was added to the counters.
+struct Told {
+    bytes_in: u64,
+    bytes_out: u64,
+    retransmits: u64,
+}
+
 /// Adds to the counters what they do not have yet of a connection's payload (in, out) and repeated segments.
 #[inline(always)]
-fn tell(ctx: &SockOpsContext, conn: *mut Conn, port: *mut Port, entry: *mut Client, payload: (u64, u64)) {
+fn tell(
+    ctx: &SockOpsContext,
+    conn: *mut Conn,
+    port: *mut Port,
+    entry: *mut Client,
+    payload: (u64, u64),
+) -> Told {
     // SAFETY: reads of context fields, aligned, as the verifier demands; a live value of the map, with the socket locked.
-    let (bytes_in, bytes_out, retransmits, srtt_us) = unsafe {
-        let repeated = u64::from((*ctx.ops).total_retrans);
-        let bytes_in = payload.0.saturating_sub((*conn).bytes_in);
-        let bytes_out = payload.1.saturating_sub((*conn).bytes_out);
-        let retransmits = repeated.saturating_sub((*conn).retransmits);
-        (*conn).bytes_in += bytes_in;
-        (*conn).bytes_out += bytes_out;
-        (*conn).retransmits += retransmits;
-        (
-            bytes_in,
-            bytes_out,
-            retransmits,
-            u64::from((*ctx.ops).srtt_us >> 3),
-        )
+    let (told, srtt_us) = unsafe {
+        let repeated = (*ctx.ops).total_retrans;
+        let told = Told {
+            bytes_in: payload.0.saturating_sub((*conn).bytes_in),
+            bytes_out: payload.1.saturating_sub((*conn).bytes_out),
+            retransmits: u64::from(repeated.saturating_sub((*conn).retransmits)),
+        };
+        (told, u64::from((*ctx.ops).srtt_us >> 3))
     };
-    count!(bytes_in, bytes_in);
-    count!(bytes_out, bytes_out);
     // SAFETY: live values of maps, raised atomically; `srtt_us` is one aligned word.
     unsafe {
-        add(&raw mut (*port).bytes_in, bytes_in);
-        add(&raw mut (*port).bytes_out, bytes_out);
+        add(&raw mut (*port).bytes_in, told.bytes_in);
+        add(&raw mut (*port).bytes_out, told.bytes_out);
         if !entry.is_null() {
-            add(&raw mut (*entry).bytes_in, bytes_in);
-            add(&raw mut (*entry).bytes_out, bytes_out);
+            add(&raw mut (*entry).bytes_in, told.bytes_in);
+            add(&raw mut (*entry).bytes_out, told.bytes_out);
             (*entry).srtt_us = srtt_us;
         }
         // Mostly there are none, and each atomic add is a locked cycle.
-        if retransmits == 0 {
-            return;
+        if told.retransmits == 0 {
+            return told;
         }
-        add(&raw mut (*port).retransmits, retransmits);
+        add(&raw mut (*port).retransmits, told.retransmits);
         if !entry.is_null() {
-            add(&raw mut (*entry).retransmits, retransmits);
+            add(&raw mut (*entry).retransmits, told.retransmits);
         }
     }
-    count!(retransmits, retransmits);
+    told
 }
 
 /// The bucket of a life: as many bits as its milliseconds have, below `LIFE_BUCKETS`.
@@ -242,17 +279,9 @@ fn bucket_of(life_ms: u64) -> usize {
 fn opaque(conn: *mut Conn, number: usize) -> usize {
     // SAFETY: a live value of the map, with the socket locked; the connection is at its end, and this field is of no more use.
     unsafe {
-        let scratch = &raw mut (*conn).told_ns;
-        scratch.write_volatile(number as u64);
+        let scratch = &raw mut (*conn).told;
+        scratch.write_volatile(number as u32);
         scratch.read_volatile() as usize
-    }
-}
-
-#[inline(always)]
-fn count_life(bucket: usize) {
-    if let Some(totals) = TOTALS.get_ptr_mut(0) {
-        // SAFETY: a live value of the map; the bucket is within the array.
-        add(unsafe { (&raw mut (*totals).life).cast::<u64>().add(bucket) }, 1);
     }
 }
 
@@ -261,20 +290,22 @@ fn count_life(bucket: usize) {
 /// The kernel's figures (RFC 4898 ThruOctets) count a FIN as one octet of sequence space; the states tell which FINs there
 /// were. One octet wrong at most, where a half-closed connection ends by a reset or by its timeout.
 #[inline(always)]
-fn payload(ctx: &SockOpsContext, state: u32) -> (u64, u64) {
+fn payload(ctx: &SockOpsContext, conn: *mut Conn, state: u32) -> (u64, u64) {
     let ops = ctx.ops;
-    // SAFETY: reads of context fields, each in its own size, as the verifier demands.
-    let (received, acked, una, next) = unsafe {
+    // SAFETY: reads of context fields, each in its own size, as the verifier demands; a live value of the map.
+    let (received, acked, una, next, half_closed_in) = unsafe {
         (
             (*ops).bytes_received,
             (*ops).bytes_acked,
             (*ops).snd_una,
             (*ops).snd_nxt,
+            (*conn).half_closed_in,
         )
     };
     let fin_in = match state {
         BPF_TCP_CLOSE_WAIT | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING => true,
-        BPF_TCP_FIN_WAIT2 => !is_let_go(ctx, received),
+        // Nothing has come since the client acknowledged the close, so no FIN either: the kernel ended it by itself.
+        BPF_TCP_FIN_WAIT2 => half_closed_in != received + 1,
         _ => false,
     };
     let fin_sent = matches!(state, BPF_TCP_FIN_WAIT2 | BPF_TCP_LAST_ACK | BPF_TCP_CLOSING);
@@ -285,41 +316,73 @@ fn payload(ctx: &SockOpsContext, state: u32) -> (u64, u64) {
     )
 }
 
-/// Remembers a connection whose close the client has acknowledged. If the gateway let go of the socket and the client's FIN
-/// is not in the same packet, the kernel ends it at once, in the same run of its code (`tcp_rcv_state_process`,
-/// net/ipv4/tcp_input.c), so one slot a CPU will do.
+/// Remembers what a connection had received when the client acknowledged its close. If the gateway has let go of the socket,
+/// the kernel may end it in this state without the client's FIN (`tcp_rcv_state_process`, net/ipv4/tcp_input.c).
 #[inline(always)]
 fn half_closed(ctx: &SockOpsContext) {
-    let Some(totals) = TOTALS.get_ptr_mut(0) else {
+    let Some(conn) = conn_of(ctx) else {
         return;
     };
-    // SAFETY: this CPU's value; the worst of a race is a connection that is not recognised. Reads of context fields.
-    unsafe {
-        (*totals).half_closed = bpf_get_socket_cookie(ctx.as_ptr());
-        (*totals).half_closed_in = (*ctx.ops).bytes_received;
-    }
+    // SAFETY: a live value of the map, with the socket locked; a read of a context field.
+    unsafe { (*conn).half_closed_in = (*ctx.ops).bytes_received + 1 };
 }
 
-/// True when the connection ends right after entering FIN_WAIT2, with nothing received since: no FIN from the client then.
+/// The socket's cookie, and the slot that it falls into.
 #[inline(always)]
-fn is_let_go(ctx: &SockOpsContext, received: u64) -> bool {
-    let Some(totals) = TOTALS.get(0) else {
-        return false;
-    };
+fn slot_of(ctx: &SockOpsContext) -> (u64, Option<*mut Conn>) {
     // SAFETY: the helper takes the program's context.
     let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    totals.half_closed == cookie && totals.half_closed_in == received
+    (cookie, CONNS.get_ptr_mut(cookie as u32 & (CONN_SLOTS - 1)))
 }
 
-/// The counters of the port that the connection came in on, when it is one of the gateway's.
+/// A place for what is to be known of a connection: its slot, or, where another connection has that, storage of the socket's own,
+/// which costs several times as much.
+///
+/// Claims are counted and not swapped in, because this target has no compare-and-swap that all JITs of 5.15 know. All see the
+/// changes of one word in one order, so of several that come at once at most one finds itself alone; the others step back.
 #[inline(always)]
-fn port_of(ctx: &SockOpsContext) -> Option<*mut Port> {
-    PORTS.get_ptr_mut(ctx.local_port())
+fn conn_for(ctx: &SockOpsContext) -> Option<*mut Conn> {
+    let (cookie, slot) = slot_of(ctx);
+    let slot = slot?;
+    // SAFETY: a live value of the map; claims are raised atomically, the rest is written by whom the slot belongs to.
+    unsafe {
+        let claims = &raw mut (*slot).claims;
+        add_u32(claims, 1);
+        if claims.read_volatile() == 1 {
+            (*slot).cookie = cookie;
+            return Some(slot);
+        }
+        add_u32(claims, u32::MAX);
+    }
+    apart(ctx, u64::from(BPF_SK_STORAGE_GET_F_CREATE))
 }
 
-/// What is known of the connection; made when there is nothing and the flags say so.
+/// What is known of a connection, if it was counted.
 #[inline(always)]
-fn conn_of(ctx: &SockOpsContext, flags: u64) -> Option<*mut Conn> {
+fn conn_of(ctx: &SockOpsContext) -> Option<*mut Conn> {
+    let (cookie, slot) = slot_of(ctx);
+    let slot = slot?;
+    // SAFETY: a live value of the map. A slot that has changed hands has another cookie.
+    if unsafe { (*slot).cookie } == cookie {
+        return Some(slot);
+    }
+    apart(ctx, 0)
+}
+
+/// Gives the connection's slot to whoever comes next. Its cookie stays, which no other socket ever has; the state before CLOSE
+/// tells that an end is not counted twice. Storage of a socket goes with it, and has no claims.
+///
+/// Nothing is written to the slot at the end but `told`: such a store may reach the next one's CPU late, and then makes its
+/// figures come early.
+#[inline(always)]
+fn give_up(conn: *mut Conn) {
+    // SAFETY: a live value of the map, of this connection.
+    unsafe { add_u32(&raw mut (*conn).claims, u32::MAX) };
+}
+
+/// The socket's own storage; made when there is none and the flags say so.
+#[inline(always)]
+fn apart(ctx: &SockOpsContext, flags: u64) -> Option<*mut Conn> {
     // SAFETY: a read of a context field; the helper takes the map and the context's socket, which the verifier wants to see
     // compared with null.
     let conn = unsafe {
@@ -327,7 +390,7 @@ fn conn_of(ctx: &SockOpsContext, flags: u64) -> Option<*mut Conn> {
         if socket.is_null() {
             return None;
         }
-        let map = (&raw const CONNS).cast_mut();
+        let map = (&raw const CONNS_APART).cast_mut();
         bpf_sk_storage_get(map.cast(), socket.cast(), null_mut(), flags).cast::<Conn>()
     };
     (!conn.is_null()).then_some(conn)

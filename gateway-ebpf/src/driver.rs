@@ -17,8 +17,8 @@ use aya_ebpf::{
 use gateway_common::{ClientKey, Settings};
 
 use crate::{
-    judge::{block_of, is_exempt},
-    maps::{PORTS, SETTINGS, add, count},
+    judge::{block_of, is_exempt, may_be_exempt},
+    maps::{SETTINGS, add, count, port_counts},
 };
 
 /// EtherTypes (include/uapi/linux/if_ether.h); 802.1Q tags a frame, 802.1ad tags it a second time.
@@ -86,13 +86,16 @@ fn judge(ctx: &XdpContext) -> Option<bool> {
     if tcp[13] & (TCP_SYN | TCP_ACK) != TCP_SYN {
         return None;
     }
-    let listener = PORTS.get_ptr_mut(u32::from(u16::from_be_bytes([tcp[2], tcp[3]])))?;
+    let listener = port_counts(u32::from(u16::from_be_bytes([tcp[2], tcp[3]])));
+    if listener.is_null() {
+        return None;
+    }
     let client = packet.source.cut(settings.mask_v4, settings.mask_v6);
     let block = block_of(settings, &packet.source, &client);
     if block.is_null() {
         return None;
     }
-    if is_exempt(&packet.source) || is_forwarded(ctx, settings, &packet) {
+    if (may_be_exempt(block) && is_exempt(&packet.source)) || is_forwarded(ctx, settings, &packet) {
         return None;
     }
     if settings.enforce == 0 {

@@ -24,8 +24,8 @@ use aya_log_ebpf::info;
 use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, NEAR_SLOTS, Settings, overloaded};
 
 use crate::{
-    judge::{block_of, is_exempt, is_pressed, now_ns, over_half_open, over_open, over_rate},
-    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, NEAR, PORTS, SETTINGS, SOCKETS, TOTALS, add, count},
+    judge::{block_of, is_exempt, is_pressed, may_be_exempt, now_ns, over_half_open, over_open, over_rate},
+    maps::{CLIENTS, CPU_CORES, GROUPS, LOADS, NEAR, SETTINGS, SOCKETS, TOTALS, add, count, port_counts},
 };
 
 /// EtherTypes (include/uapi/linux/if_ether.h) and where the source address stands (RFC 791, RFC 8200).
@@ -126,7 +126,7 @@ fn refuse(ctx: &SkReuseportContext, settings: &Settings, port: u32) -> bool {
     let client = whole.cut(settings.mask_v4, settings.mask_v6);
     let block = block_of(settings, whole, &client);
     if port == NO_ATTEMPT {
-        return !block.is_null() && settings.enforce != 0 && !is_exempt(whole);
+        return !block.is_null() && settings.enforce != 0 && !(may_be_exempt(block) && is_exempt(whole));
     }
     let why = if !block.is_null() {
         Why::Blocked
@@ -139,7 +139,7 @@ fn refuse(ctx: &SkReuseportContext, settings: &Settings, port: u32) -> bool {
     } else {
         return false;
     };
-    if is_exempt(whole) {
+    if may_be_exempt(block) && is_exempt(whole) {
         return false;
     }
     if settings.enforce == 0 {
@@ -173,7 +173,8 @@ fn book(block: *mut Block, client: &ClientKey, port: u32, why: Why) {
         // SAFETY: as above.
         add(unsafe { &raw mut (*entry).refused }, 1);
     }
-    if let Some(port) = PORTS.get_ptr_mut(port) {
+    let port = port_counts(port);
+    if !port.is_null() {
         // SAFETY: as above.
         add(unsafe { &raw mut (*port).refused }, 1);
     }

@@ -1,6 +1,9 @@
 //! The maps, and how counters in them are raised. Names and bounds: `gateway_common`.
 
-use core::intrinsics::{AtomicOrdering, atomic_xadd};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr::null_mut,
+};
 
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
@@ -8,8 +11,8 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use gateway_common::{
-    BLOCKS_MAX, Block, CLIENTS_MAX, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX, GROUPS_MAX,
-    Listeners, NEAR_SLOTS, NETS_MAX, Near, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
+    BLOCKS_MAX, Block, CLIENTS_MAX, CONN_SLOTS, CORES_MAX, CPUS_MAX, Client, ClientKey, Conn, EXEMPT_MAX,
+    GROUPS_MAX, Listeners, NEAR_SLOTS, NETS_MAX, Near, PORTS_MAX, Port, RATES_MAX, Settings, Totals,
 };
 
 const SOCKETS_MAX: usize = (GROUPS_MAX * CORES_MAX) as usize;
@@ -38,8 +41,12 @@ pub static RATES: LruHashMap<ClientKey, u64, { RATES_MAX as usize }> = LruHashMa
 #[btf_map]
 pub static HALF_OPEN: Array<u64, 1> = Array::new();
 
+/// Mappable for its alignment alone: such an array begins at a page, so that a slot is one cache line.
 #[btf_map]
-pub static CONNS: SkStorage<Conn> = SkStorage::new();
+pub static CONNS: Array<Conn, { CONN_SLOTS as usize }, { BPF_F_MMAPABLE as usize }> = Array::new();
+
+#[btf_map]
+pub static CONNS_APART: SkStorage<Conn> = SkStorage::new();
 
 /// Where `connections` puts together a client's first entry: on the stack, zeroing it would be a loop over a stack pointer,
 /// admitted only with CAP_PERFMON.
@@ -62,8 +69,12 @@ pub static CPU_CORES: Array<u32, { CPUS_MAX as usize }> = Array::new();
 #[btf_map]
 pub static LOADS: Array<u64, { CORES_MAX as usize + 1 }, { BPF_F_MMAPABLE as usize }> = Array::new();
 
+/// Apart from the counters, which all CPUs would otherwise write into the line that each must read to find them.
 #[btf_map]
-pub static PORTS: HashMap<u32, Port, { PORTS_MAX as usize }> = HashMap::new();
+pub static PORTS: HashMap<u32, u32, { PORTS_MAX as usize }> = HashMap::new();
+
+#[btf_map]
+pub static PORT_COUNTS: PerCpuArray<Port, { PORTS_MAX as usize + 1 }> = PerCpuArray::new();
 
 /// Adds to a counter in a map.
 ///
@@ -81,6 +92,16 @@ pub fn add(counter: *mut u64, count: u64) {
 pub fn add_u32(counter: *mut u32, count: u32) {
     // SAFETY: as in `add`.
     unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, count) };
+}
+
+/// This CPU's counters of a port; null: it is not counted (see `block_of` for why null).
+#[inline(always)]
+pub fn port_counts(port: u32) -> *mut Port {
+    let Some(slot) = PORTS.get_ptr(port) else {
+        return null_mut();
+    };
+    // SAFETY: a live value of the map, one aligned word.
+    PORT_COUNTS.get_ptr_mut(unsafe { *slot }).unwrap_or(null_mut())
 }
 
 /// Raises one field of this CPU's [`Totals`].

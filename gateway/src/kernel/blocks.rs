@@ -35,7 +35,7 @@ pub struct Blocks {
     exempt: LpmTrie<MapData, ClientKey, u32>,
     /// The networks in the trie with the end of their blocks, so that their end is seen without walking it.
     until_ns: HashMap<IpNet, u64>,
-    /// When the last block of a client ends, as far as is known: one lifted or evicted before its time still counts.
+    /// When the last block of a client ends, as far as is known: one evicted before its time still counts.
     clients_until_ns: u64,
     policy: Policy,
 }
@@ -50,11 +50,9 @@ impl Blocks {
     ) -> Result<Blocks, MapError> {
         let entries = nets.iter().take(NETS_MAX as usize).filter_map(Result::ok);
         let until_ns = entries.filter_map(|(key, block)| Some((net_of(&key)?, block.until_ns)));
-        let entries = clients.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
-        let clients_until_ns = entries.map(|(_, block)| block.until_ns).max().unwrap_or(0);
         let mut blocks = Blocks {
             until_ns: until_ns.collect(),
-            clients_until_ns,
+            clients_until_ns: last_end(&clients),
             clients,
             nets,
             exempt,
@@ -96,9 +94,26 @@ impl Blocks {
         for blocked in self.blocked() {
             if self.policy.refusal(blocked.net).is_some() {
                 let _ = self.unblock(blocked.net);
+            } else if self.policy.is_client(&blocked.net) {
+                self.mark_exempt(blocked.net)?;
             }
         }
         Ok(())
+    }
+
+    /// Says of a client's block whether some of its addresses are exempt now.
+    fn mark_exempt(&mut self, client: IpNet) -> Result<(), MapError> {
+        let exempt_within = u64::from(self.policy.exempts_within(&client));
+        match self.find(client)? {
+            Some(block) if block.exempt_within != exempt_within => {
+                let block = Block {
+                    exempt_within,
+                    ..block
+                };
+                self.clients.insert(ClientKey::whole(client.addr()), block, 0)
+            }
+            _ => Ok(()),
+        }
     }
 
     pub fn block(&mut self, net: IpNet, hold: Duration) -> Result<(), BlockError> {
@@ -112,6 +127,7 @@ impl Blocks {
         let before = self.find(net)?.filter(|block| block.until_ns > now_ns);
         let block = Block {
             until_ns,
+            exempt_within: u64::from(self.policy.exempts_within(&net)),
             ..before.unwrap_or_default()
         };
         if self.policy.is_client(&net) {
@@ -142,9 +158,14 @@ impl Blocks {
         };
         match removed {
             // The kernel may have evicted the entry since.
-            Err(error) if !is_absent(&error) => Err(error.into()),
-            _ => Ok(block.until_ns > clock::now_ns()),
+            Err(error) if !is_absent(&error) => return Err(error.into()),
+            _ => {}
         }
+        // It was the last to end: without this the program would ask for clients until then, though none is blocked.
+        if self.policy.is_client(&net) && block.until_ns >= self.clients_until_ns {
+            self.clients_until_ns = last_end(&self.clients);
+        }
+        Ok(block.until_ns > clock::now_ns())
     }
 
     fn find(&self, net: IpNet) -> Result<Option<Block>, MapError> {
@@ -203,6 +224,12 @@ impl Blocks {
         blocked.dedup_by_key(|entry| entry.net);
         blocked
     }
+}
+
+/// When the last block of a client ends. Walks the map: up to some 50 ms when it is full.
+fn last_end(clients: &MapHash<MapData, ClientKey, Block>) -> u64 {
+    let entries = clients.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
+    entries.map(|(_, block)| block.until_ns).max().unwrap_or(0)
 }
 
 /// Whether a key was not there.

@@ -8,13 +8,12 @@ use std::{
 
 use aya::{
     Ebpf, EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, PerCpuValues},
+    maps::{Array, HashMap, Map, MapData, MapError},
     programs::{CgroupAttachMode, SkReuseport, SockOps, Xdp, XdpMode},
 };
 use aya_log::EbpfLogger;
 use gateway_common::{
-    CLIENTS_MAX, CORE_NONE, CORES_MAX, CPUS_MAX, Client, ClientKey, HALF_OPEN_NS, PORTS_MAX, Port, Prefixes,
-    Settings, Totals, names,
+    CLIENTS_MAX, CORE_NONE, CORES_MAX, CPUS_MAX, Client, ClientKey, HALF_OPEN_NS, Prefixes, Settings, names,
 };
 
 use crate::config::schema::{self, KernelMode};
@@ -25,10 +24,10 @@ use super::{
     cgroup, clock,
     lines::ToTracing,
     loads::Loads,
-    near::Ports,
-    off,
+    near, off,
     pins::{Instance, Pins},
     policy::Policy,
+    ports::Ports,
     rights,
 };
 
@@ -68,10 +67,10 @@ impl Kernel {
         let lines = EbpfLogger::init_with_logger(&mut ebpf, ToTracing);
         let lines = lines.map_err(|e| Off::failed("opening the programs' log", &e))?;
         load_listener(&mut ebpf)?;
+        let ports = Ports::new(map(&mut ebpf, names::PORTS)?, map(&mut ebpf, names::PORT_COUNTS)?);
         let mut counts = Counts {
             clients: map(&mut ebpf, names::CLIENTS)?,
-            totals: map(&mut ebpf, names::TOTALS)?,
-            ports: map(&mut ebpf, names::PORTS)?,
+            ports: ports.map_err(|e| Off::failed("taking over the counts", &e))?,
         };
         if let Some(pins) = pins.as_ref().filter(|pins| pins.found()) {
             let ended = counts.take_over(plan.ports)?;
@@ -96,9 +95,9 @@ impl Kernel {
             loads: Mutex::new(loads(&mut ebpf, plan.cores)?),
             blocks: Mutex::new(blocks.map_err(|e| Off::failed("taking over the blocks", &e))?),
             clients: counts.clients,
-            totals: counts.totals,
+            totals: map(&mut ebpf, names::TOTALS)?,
             groups: map(&mut ebpf, names::GROUPS)?,
-            near: Ports::new(map(&mut ebpf, names::NEAR)?),
+            near: near::Ports::new(map(&mut ebpf, names::NEAR)?),
             sockets: map(&mut ebpf, names::SOCKETS)?,
             ports: counts.ports,
             cpu_cores: map(&mut ebpf, names::CPU_CORES)?,
@@ -223,8 +222,7 @@ fn loads(ebpf: &mut Ebpf, cores: usize) -> Result<Loads, Off> {
 /// What connections were counted in.
 struct Counts {
     clients: HashMap<MapData, ClientKey, Client>,
-    totals: PerCpuArray<MapData, Totals>,
-    ports: HashMap<MapData, u32, Port>,
+    ports: Ports,
 }
 
 impl Counts {
@@ -246,28 +244,7 @@ impl Counts {
                 .insert(key, Client { closed, ..client }, 0)
                 .map_err(failed)?;
         }
-        let entries = self.ports.iter().take(PORTS_MAX as usize).filter_map(Result::ok);
-        let all: Vec<(u32, Port)> = entries.collect();
-        for (port, counts) in all {
-            if !ports.iter().any(|wanted| u32::from(*wanted) == port) {
-                self.ports.remove(&port).map_err(failed)?;
-            } else if counts.opened != counts.closed {
-                let closed = counts.opened;
-                self.ports
-                    .insert(port, Port { closed, ..counts }, 0)
-                    .map_err(failed)?;
-            }
-        }
-        let cpus = self.totals.get(&0, 0).map_err(failed)?;
-        let sum = |count: fn(&Totals) -> u64| cpus.iter().map(count).sum::<u64>();
-        let ended = sum(|cpu| cpu.opened).saturating_sub(sum(|cpu| cpu.closed));
-        let mut cpus: Vec<Totals> = cpus.iter().copied().collect();
-        if let Some(first) = cpus.first_mut() {
-            first.closed += ended;
-        }
-        let cpus = PerCpuValues::try_from(cpus).map_err(|e| Off::failed("taking over the counts", &e))?;
-        self.totals.set(0, cpus, 0).map_err(failed)?;
-        Ok(ended)
+        self.ports.take_over(ports).map_err(failed)
     }
 }
 

@@ -23,6 +23,7 @@ mod near;
 mod off;
 mod pins;
 mod policy;
+mod ports;
 mod rights;
 mod stats;
 
@@ -36,13 +37,13 @@ use std::{
 
 use aya::{
     Ebpf,
-    maps::{Array, HashMap, MapData, MapError, PerCpuArray, ReusePortSockArray},
+    maps::{Array, HashMap, MapData, PerCpuArray, ReusePortSockArray},
     programs::{SkReuseport, TestRun, TestRunOptions, Xdp},
 };
 use aya_log::EbpfLogger;
 use gateway_common::{
-    CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, Near, PORTS_MAX, Port, Settings,
-    Totals, names,
+    CLIENTS_MAX, CORES_MAX, Client, ClientKey, GROUPS_MAX, Listeners, Near, PORTS_MAX, Settings, Totals,
+    names,
 };
 use ipnet::IpNet;
 use socket2::SockRef;
@@ -51,9 +52,6 @@ use crate::config::schema;
 use blocks::Blocks;
 use loads::Loads;
 use policy::Policy;
-
-/// Flag of map updates: only where there is nothing yet (include/uapi/linux/bpf.h).
-const BPF_NOEXIST: u64 = 1;
 
 pub use blocks::BlockError;
 pub use load::remove_pins;
@@ -86,7 +84,7 @@ pub struct Kernel {
     groups: HashMap<MapData, u64, Listeners>,
     near: near::Ports,
     sockets: ReusePortSockArray<MapData>,
-    ports: HashMap<MapData, u32, Port>,
+    ports: ports::Ports,
     cpu_cores: Array<MapData, u32>,
     lines: Mutex<EbpfLogger<lines::ToTracing>>,
     /// The socket cookies in each slot of the socket array; empty when free.
@@ -143,16 +141,9 @@ impl Kernel {
 
     /// Counts connections of one more port; one that is counted already goes on.
     fn count_port(&mut self, port: u16) -> Result<(), Off> {
-        match self.ports.insert(u32::from(port), Port::default(), BPF_NOEXIST) {
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => {
-                Ok(())
-            }
-            Err(error) => Err(Off::failed(
-                &format!("counting port {port} (the bound is {PORTS_MAX})"),
-                &error,
-            )),
-            Ok(()) => Ok(()),
-        }
+        self.ports
+            .add(port)
+            .map_err(|e| Off::failed(&format!("counting port {port} (the bound is {PORTS_MAX})"), &e))
     }
 
     /// Takes the program off a group again, before its sockets are closed or handed on. Its slot becomes free.
@@ -300,18 +291,16 @@ impl Kernel {
         for cpu in cpus.iter() {
             stats.add(cpu);
         }
+        stats.add_ports(&self.ports.sum());
         stats
     }
 
     /// The connections of each port that is counted, ascending; at most 256.
     pub fn ports(&self) -> Vec<PortStats> {
-        let entries = self.ports.iter().take(PORTS_MAX as usize).filter_map(Result::ok);
-        let mut ports: Vec<PortStats> = entries
-            .map(|(port, counts)| PortStats::new(port, &counts))
-            .collect();
-        ports.sort_unstable_by_key(|stats| stats.port);
-        ports.dedup_by_key(|stats| stats.port);
+        let ports = self.ports.list();
         ports
+            .map(|(port, counts)| PortStats::new(port, &counts))
+            .collect()
     }
 
     /// At most `max` clients, those with the most open connections first, then the most lately seen. Walks the whole map:

@@ -50,7 +50,7 @@ struct Pinned {
 }
 
 /// Blocks and counts. What belongs to sockets or to the configuration is made anew at each start.
-const PINNED: [Pinned; 5] = [
+const PINNED: [Pinned; 6] = [
     pinned::<ClientKey, Block>(names::BLOCKS, MapType::LruHash, BLOCKS_MAX),
     Pinned {
         name: names::NETS,
@@ -61,7 +61,8 @@ const PINNED: [Pinned; 5] = [
     },
     pinned::<ClientKey, Client>(names::CLIENTS, MapType::LruHash, CLIENTS_MAX),
     pinned::<u32, Totals>(names::TOTALS, MapType::PerCpuArray, 1),
-    pinned::<u32, Port>(names::PORTS, MapType::Hash, PORTS_MAX),
+    pinned::<u32, u32>(names::PORTS, MapType::Hash, PORTS_MAX),
+    pinned::<u32, Port>(names::PORT_COUNTS, MapType::PerCpuArray, PORTS_MAX + 1),
 ];
 
 const fn pinned<K, V>(name: &'static str, kind: MapType, entries: u32) -> Pinned {

@@ -53,6 +53,12 @@ impl Policy {
         net.prefix_len() == self.net_of(net.addr()).prefix_len()
     }
 
+    /// Whether the program must ask, for each address in a blocked network, whether it is exempt: always where that is not one
+    /// client's, because the exempt networks may change while it is blocked.
+    pub fn exempts_within(&self, net: &IpNet) -> bool {
+        !self.is_client(net) || self.exempt.iter().any(|exempt| net.contains(exempt))
+    }
+
     /// Why a network must not be blocked, or None when it may be. A network in which some addresses are exempt may be: the
     /// program lets those through.
     pub fn refusal(&self, net: IpNet) -> Option<String> {
@@ -149,6 +155,14 @@ mod tests {
     fn an_exempt_host_protects_its_64() {
         assert!(!may(&["2001:db8::5/128"], "2001:db8::6"));
         assert!(may(&["2001:db8::5/128"], "2001:db8:0:1::6"));
+    }
+
+    #[test]
+    fn only_where_some_are_exempt_each_is_asked_for() {
+        let policy = policy(&["2001:db8::5/128", "10.1.2.3/32"]);
+        let within = |net: &str| policy.exempts_within(&net.parse().expect("a network"));
+        assert!(within("2001:db8::/64") && within("10.1.0.0/16") && within("192.0.2.0/24"));
+        assert!(!within("2001:db8:0:1::/64") && !within("10.1.2.4/32"));
     }
 
     #[test]

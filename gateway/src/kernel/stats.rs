@@ -79,14 +79,18 @@ impl Stats {
         self.fallback += cpu.fallback;
         self.stray += cpu.stray;
         self.unreadable += cpu.unreadable;
-        self.opened += cpu.opened;
-        self.closed += cpu.closed;
-        self.bytes_in += cpu.bytes_in;
-        self.bytes_out += cpu.bytes_out;
-        self.retransmits += cpu.retransmits;
         self.untracked += cpu.untracked;
-        self.life_ms += cpu.life_ms;
-        for (sum, count) in self.life.iter_mut().zip(cpu.life) {
+    }
+
+    /// Adds what was counted of connections, whatever their port.
+    pub(super) fn add_ports(&mut self, ports: &Port) {
+        self.opened += ports.opened;
+        self.closed += ports.closed;
+        self.bytes_in += ports.bytes_in;
+        self.bytes_out += ports.bytes_out;
+        self.retransmits += ports.retransmits;
+        self.life_ms += ports.life_ms;
+        for (sum, count) in self.life.iter_mut().zip(ports.life) {
             *sum += count;
         }
     }

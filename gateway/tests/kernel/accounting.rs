@@ -13,8 +13,11 @@ use socket2::SockRef;
 
 use crate::support::{PATIENCE, Peer, connect, guarded, ip, load_on, until};
 
-/// Connections of the test against drift.
+/// Connections of the test against drift: more than there are slots (`CONN_SLOTS`) …
 const MANY: usize = 100_000;
+
+/// … so that the slots of these, which stay open meanwhile, are wanted by others.
+const KEPT: usize = 200;
 
 isolated! {
     accounting_is_exact("") {
@@ -123,6 +126,9 @@ isolated! {
     nothing_drifts_over_many_connections_with_resets("") {
         let (kernel, group) = guarded();
         let port = group.port();
+        let kept: Vec<_> = (1..=KEPT)
+            .map(|number| (connect(&format!("127.0.9.{number}"), port).expect("a connection"), group.accept()))
+            .collect();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             for listener in &group.0 {
@@ -150,16 +156,21 @@ isolated! {
             done.store(true, Ordering::Relaxed);
             assert!(ended.iter().all(Result::is_ok));
         });
-        until("all have ended", || kernel.stats().closed == MANY as u64);
-        let stats = kernel.stats();
-        assert_eq!((stats.opened, stats.closed, stats.untracked), (MANY as u64, MANY as u64, 0));
+        until("all others have ended", || kernel.stats().closed == MANY as u64);
         let clients = kernel.clients(2000);
-        assert_eq!(clients.len(), 1000);
+        assert_eq!(clients.iter().filter(|client| client.open() == 1).count(), KEPT);
+        drop(kept);
+        const ALL: u64 = (MANY + KEPT) as u64;
+        until("all have ended", || kernel.stats().closed == ALL);
+        let stats = kernel.stats();
+        assert_eq!((stats.opened, stats.closed, stats.untracked), (ALL, ALL, 0));
+        let clients = kernel.clients(2000);
+        assert_eq!(clients.len(), 1000 + KEPT);
         assert!(clients.iter().all(|client| client.open() == 0));
-        assert_eq!(clients.iter().map(|client| client.opened).sum::<u64>(), MANY as u64);
+        assert_eq!(clients.iter().map(|client| client.opened).sum::<u64>(), ALL);
         let counted = kernel.ports()[0];
-        assert_eq!((counted.opened, counted.closed), (MANY as u64, MANY as u64));
-        assert_eq!(stats.life.iter().sum::<u64>(), MANY as u64);
+        assert_eq!((counted.opened, counted.closed), (ALL, ALL));
+        assert_eq!(stats.life.iter().sum::<u64>(), ALL);
     }
 
     connections_that_time_out_are_closed("") {

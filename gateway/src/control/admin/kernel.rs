@@ -10,13 +10,15 @@ use serde_json::{Value, json};
 
 use super::{
     Anything, Failure,
-    access::Params,
+    access::{By, Params},
     parse,
     routes::{App, Operation, Routes},
     state::write_counters,
+    token::Who,
 };
 use crate::{
     config::units::parse_span,
+    control::store::Db,
     kernel::{ClientStats, Kernel, PortStats},
     telemetry::prometheus::Exposition,
 };
@@ -257,21 +259,35 @@ struct Unblock {
     client: Target,
 }
 
-async fn block(State(plane): State<App>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn block(State(plane): State<App>, By(who): By, body: Bytes) -> Result<Json<Value>, Failure> {
     let block: Block = parse(&body)?;
     let hold = block.hold.as_deref().map_or(Ok(BLOCK_DEFAULT), hold_of)?;
     let net = plane
         .kernel_block(block.client, hold)
         .map_err(Failure::conflict)?;
-    tracing::info!(%net, seconds = hold.as_secs(), "blocked by hand");
+    tracing::info!(by = %who.name, %net, seconds = hold.as_secs(), "blocked by hand");
+    let detail = json!({ "seconds": hold.as_secs() });
+    note(&plane, &who, "block", net, detail).await;
     Ok(Json(json!({ "net": net, "seconds": hold.as_secs() })))
 }
 
-async fn unblock(State(plane): State<App>, body: Bytes) -> Result<Json<Value>, Failure> {
+async fn unblock(State(plane): State<App>, By(who): By, body: Bytes) -> Result<Json<Value>, Failure> {
     let unblock: Unblock = parse(&body)?;
     let (net, was_blocked) = plane.kernel_unblock(unblock.client).map_err(Failure::conflict)?;
-    tracing::info!(%net, was_blocked, "unblocked by hand");
+    tracing::info!(by = %who.name, %net, was_blocked, "unblocked by hand");
+    let detail = json!({ "was_blocked": was_blocked });
+    note(&plane, &who, "unblock", net, detail).await;
     Ok(Json(json!({ "net": net, "was_blocked": was_blocked })))
+}
+
+/// Writes into the audit log what was done. The block is in force by then, whether or not it can be noted: in an attack an
+/// operator needs it more than its entry, so that only the log says what is missing.
+async fn note(plane: &App, who: &Who, action: &'static str, net: IpNet, detail: Value) {
+    let (by, net) = (who.name.clone(), net.to_string());
+    let entry = move |db: &mut Db| db.audit_deed(&by, action, "client", (&net, &net), &detail);
+    if let Err(failure) = plane.directory().store.change(entry).await {
+        tracing::error!(action, "a block by hand is not in the audit log: {failure}");
+    }
 }
 
 /// Reads how long a block shall last.

@@ -296,6 +296,21 @@ fn clients_are_blocked_and_unblocked() {
             "clients 7",
         ];
         assert_eq!(calls, wanted);
+        let audit = server.ask("GET /v1/audit", "").await.json();
+        let entries = audit["data"].as_array().expect("a list");
+        let noted: Vec<(&str, &str, &str)> = entries
+            .iter()
+            .map(|entry| ["by", "action", "name"].map(|field| entry[field].as_str().expect("text")))
+            .map(|[by, action, name]| (by, action, name))
+            .collect();
+        let wanted = [
+            ("admin", "block", "198.51.100.0/24"),
+            ("admin", "unblock", "2001:db8::1/128"),
+            ("admin", "block", "203.0.113.8/32"),
+            ("admin", "block", "203.0.113.7/32"),
+        ];
+        assert_eq!(noted, wanted, "what was refused is not there");
+        assert_eq!(entries[3]["detail"]["seconds"], 3600);
     });
 }
 
