@@ -49,6 +49,8 @@ pub fn listen(address: SocketAddr) -> io::Result<StdListener> {
         socket.set_only_v6(true)?;
     }
     socket.set_nonblocking(true)?;
+    // What a listening socket has set, its connections have from the beginning: two system calls less for each.
+    set_options(&SockRef::from(&socket));
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -116,9 +118,6 @@ impl AsFd for Sock {
 
 impl Sock {
     fn new(fd: OwnedFd, role: Role) -> io::Result<Sock> {
-        let sock = SockRef::from(&fd);
-        let _ = sock.set_tcp_nodelay(true);
-        let _ = sock.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
         let raw = fd.as_raw_fd();
         Ok(Sock {
             key: engine::add(fd, role)?,
@@ -131,6 +130,7 @@ impl Sock {
     pub async fn connect(address: SocketAddr, time: Duration) -> io::Result<Rc<Sock>> {
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
         socket.set_nonblocking(true)?;
+        set_options(&SockRef::from(&socket));
         match socket.connect(&address.into()) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {}
@@ -251,6 +251,12 @@ pub(super) fn send_now(fd: RawFd, pieces: &[IoSlice<'_>]) -> io::Result<Option<u
     message.msg_iovlen = pieces.len() as _;
     // SAFETY: the pieces live over the call and are only read.
     settle(unsafe { libc::sendmsg(fd, &message, FLAGS) })
+}
+
+/// Sends at once, and bounds what waits in the kernel. Without them a connection works all the same.
+fn set_options(socket: &SockRef<'_>) {
+    let _ = socket.set_tcp_nodelay(true);
+    let _ = socket.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES);
 }
 
 /// Ends the sending side of a socket.
