@@ -1,5 +1,7 @@
 //! The grammar of RFC 8259 as functions that take an offset and give the one behind what they read.
 
+use wide::u8x16;
+
 use super::{JsonError, Kind};
 use crate::bounds::JSON_DEPTH_MAX;
 
@@ -164,46 +166,34 @@ fn skip_string(body: &[u8], mut at: usize) -> Result<usize, JsonError> {
 }
 
 /// The first quote, backslash or control character at or behind `start`; the end where there is
-/// none. Keys, and text between two escapes, are mostly shorter than the first few words; what is
-/// longer is worth a call of memchr.
+/// none. Keys are short, and text has an escape in every line or two: what counts is how soon a short run is over, so it goes by
+/// sixteen bytes and not by calls of memchr.
 #[inline]
 fn find_special(body: &[u8], start: usize) -> usize {
-    let (words, _) = body[start..].as_chunks::<8>();
-    for (index, word) in words.iter().take(WORDS_TRIED).enumerate() {
-        let marks = mark_special(u64::from_le_bytes(*word));
-        if marks != 0 {
-            return start + index * 8 + marks.trailing_zeros() as usize / 8;
+    let (chunks, rest) = body[start..].as_chunks::<CHUNK>();
+    for (index, chunk) in chunks.iter().enumerate() {
+        if let Some(place) = first_special(chunk) {
+            return start + index * CHUNK + place;
         }
     }
-    let from = start + words.len().min(WORDS_TRIED) * 8;
-    let run = &body[from..];
-    let run = &run[..memchr::memchr2(b'"', b'\\', run).unwrap_or(run.len())];
-    let len = if has_control(run) {
-        run.iter().position(|&byte| byte < b' ')
-    } else {
-        None
-    };
-    from + len.unwrap_or(run.len())
+    let from = body.len() - rest.len();
+    let place = rest
+        .iter()
+        .position(|&byte| byte < b' ' || byte == b'"' || byte == b'\\');
+    from + place.unwrap_or(rest.len())
 }
 
-/// Words of 8 bytes that are looked at one by one before memchr is called.
-const WORDS_TRIED: usize = 4;
+/// Bytes that are looked at together.
+const CHUNK: usize = 16;
 
-/// Sets the high bit of the first (lowest) byte of `word` that is a quote, a backslash or below
-/// 0x20. Bits above the lowest one that is set mean nothing: a borrow may have made them.
+/// Where the first quote, backslash or byte below 0x20 stands.
 #[inline]
-fn mark_special(word: u64) -> u64 {
-    const ONES: u64 = u64::MAX / 0xff;
-    const HIGHS: u64 = ONES << 7;
-    let below = |value: u64, bound: u8| value.wrapping_sub(ONES * u64::from(bound)) & !value;
-    let equals = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
-    (below(word, b' ') | equals(b'"') | equals(b'\\')) & HIGHS
-}
-
-/// Whether a byte is below 0x20. Without an early exit, so that it compiles to vector code.
-#[inline]
-fn has_control(run: &[u8]) -> bool {
-    run.iter().fold(false, |found, &byte| found | (byte < b' '))
+fn first_special(chunk: &[u8; CHUNK]) -> Option<usize> {
+    let bytes = u8x16::new(*chunk);
+    let is = |byte| bytes.simd_eq(u8x16::splat(byte));
+    let is_control = bytes.min(u8x16::splat(0x1f)).simd_eq(bytes);
+    let marks = (is_control | is(b'"') | is(b'\\')).to_bitmask();
+    (marks != 0).then(|| marks.trailing_zeros() as usize)
 }
 
 /// Reads an escape whose backslash stands just before `at`.
@@ -253,5 +243,49 @@ fn skip_digits(body: &[u8], start: usize) -> Result<usize, JsonError> {
         fail(body, at, "expected a digit")
     } else {
         Ok(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every byte at every place, alone and with another special one behind it.
+    #[test]
+    fn specials_are_found_where_they_stand() {
+        for byte in 0..=u8::MAX {
+            let is_special = byte < b' ' || byte == b'"' || byte == b'\\';
+            for place in 0..CHUNK {
+                let mut chunk = [b'a'; CHUNK];
+                chunk[place] = byte;
+                assert_eq!(
+                    first_special(&chunk),
+                    is_special.then_some(place),
+                    "{byte} at {place}"
+                );
+                for behind in place + 1..CHUNK {
+                    let mut both = chunk;
+                    both[behind] = b'"';
+                    let first = if is_special { place } else { behind };
+                    assert_eq!(first_special(&both), Some(first));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_any_length_ends_where_its_first_special_byte_stands() {
+        for len in 0..70 {
+            let mut body = vec![b'a'; len];
+            assert_eq!(find_special(&body, 0), len);
+            for place in 0..len {
+                body[place] = b'\n';
+                for start in 0..=len {
+                    let found = if start <= place { place } else { len };
+                    assert_eq!(find_special(&body, start), found);
+                }
+                body[place] = b'a';
+            }
+        }
     }
 }
