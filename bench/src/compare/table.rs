@@ -161,9 +161,10 @@ impl Results {
             reports.map(|report| report.connections_opened).max()
         };
         let own = opened(cell)?;
-        let direct = opened(self.cell(&cell.scenario, DIRECT)?)?;
+        let direct_cell = self.cell(&cell.scenario, DIRECT)?;
+        let direct = opened(direct_cell)?;
         // Where each request has its own, a faster target has more of them.
-        let each = cell
+        let each = direct_cell
             .reports
             .iter()
             .any(|report| report.connections_opened >= report.requests);

@@ -65,9 +65,10 @@ impl Ports {
             }
             let mut retired = self.read(RETIRED)?;
             add(&mut retired, &sum);
-            self.counts.set(RETIRED, self.values(&retired)?, 0)?;
+            // In this order: a kill in between must not count it twice.
             self.index.remove(&port)?;
             self.slots.remove(&port);
+            self.counts.set(RETIRED, self.values(&retired)?, 0)?;
         }
         Ok(ended)
     }

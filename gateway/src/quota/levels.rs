@@ -61,6 +61,8 @@ pub struct Query<'a> {
     /// The policy alone, for subjects that find no place of their own.
     pub overflow_id: u64,
     pub shelf: Shelf,
+    /// The subject is chosen by clients, who may make up any number of them.
+    pub by_clients: bool,
     /// Refuse what does not fit; otherwise it is only counted.
     pub hard: bool,
     /// The level is kept at a restart with what running requests hold taken off.

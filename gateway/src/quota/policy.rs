@@ -258,10 +258,11 @@ fn policy(
     amount: u64,
     places: &mut HashMap<String, usize>,
 ) -> Policy {
-    let by_clients = |per: &Per| matches!(per, Per::User | Per::Client);
+    let per_client = |per: &Per| matches!(per, Per::User | Per::Client);
+    let by_clients = limit.per.0.iter().any(per_client);
     let shelf = match unit {
         Unit::Parallel => Shelf::Parallel,
-        _ if limit.per.0.iter().any(by_clients) => Shelf::Guests,
+        _ if by_clients => Shelf::Guests,
         _ => Shelf::Own,
     };
     let name = match &limit.name {
@@ -273,6 +274,7 @@ fn policy(
         _ => window(limit.window, limit.every, limit.time_zone.as_deref()),
     };
     let mut rule = Rule::new(name, unit, amount, window, identity(limit, unit, places), shelf);
+    rule.by_clients = by_clients;
     rule.on_exhausted = limit.on_exhausted;
     rule.unpriced = limit.unpriced;
     Policy {

@@ -320,6 +320,11 @@ impl Reservation {
         self.sent = true;
     }
 
+    /// Notes that it did not reach the provider after all.
+    pub fn unsent(&mut self) {
+        self.sent = false;
+    }
+
     /// Lets stand what limits of requests have counted for the provider that was chosen.
     fn keep_requests(&mut self) {
         let of_provider = self.admitted..self.holds.len();
@@ -427,6 +432,8 @@ impl Reservation {
             }
             let rule = hold.source.rule(&self.policies);
             let mut left = match rule.unit {
+                // Those of a provider that was not sent it.
+                Unit::Requests if place >= self.admitted && !self.sent => 0,
                 // Accepted is used, whatever came of it.
                 Unit::Requests => {
                     self.quota.levels.keep(&hold.taken, hold.reserved);
@@ -449,7 +456,14 @@ impl Reservation {
                 left -= here;
             }
             if left > 0 {
-                self.quota.levels.charge(&rule.query(hold.id), left, now);
+                // By the amount of now: what is above it is debt, though more was left when the request came.
+                match &hold.source {
+                    Source::Budget(budget) => {
+                        let budget = self.quota.budgets.current(budget);
+                        self.quota.levels.charge(&budget.rule.query(hold.id), left, now);
+                    }
+                    _ => self.quota.levels.charge(&rule.query(hold.id), left, now),
+                }
             }
             if let Source::Budget(budget) = &hold.source {
                 self.quota.budgets.note_alerts(budget, &self.quota.levels, now);

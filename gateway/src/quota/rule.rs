@@ -114,6 +114,8 @@ pub struct Rule {
     /// What its levels are known by, before the subject.
     pub id: u64,
     pub shelf: Shelf,
+    /// Its subjects are chosen by clients.
+    pub by_clients: bool,
     /// Refuses what does not fit.
     pub hard: bool,
     pub on_exhausted: OnExhausted,
@@ -130,6 +132,7 @@ impl Rule {
             window,
             id,
             shelf,
+            by_clients: shelf == Shelf::Guests,
             hard: true,
             on_exhausted: OnExhausted::default(),
             unpriced: Unpriced::default(),
@@ -158,6 +161,7 @@ impl Rule {
             id,
             overflow_id: self.id,
             shelf: self.shelf,
+            by_clients: self.by_clients,
             hard: self.hard,
             // Requests count when they are accepted; parallel ones end with the process.
             note_held: !matches!(self.unit, Unit::Requests | Unit::Parallel),

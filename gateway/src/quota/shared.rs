@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{
     lease::{Kind, LeaseStanding, Leased},
     leases::Directory,
-    levels::{Moment, Query, Refused, Shelf},
+    levels::{Moment, Query, Refused},
     window::{Standing, Window},
 };
 use crate::{
@@ -82,9 +82,9 @@ fn find_or_make(
     now_ns: u64,
 ) -> Result<Arc<Leased>, Refused> {
     let kind = kind(query.window, now);
-    let most = match query.shelf {
-        Shelf::Guests | Shelf::Parallel => LEASED_GUESTS_MAX,
-        _ => LEASED_LEVELS_MAX,
+    let most = match query.by_clients {
+        true => LEASED_GUESTS_MAX,
+        false => LEASED_LEVELS_MAX,
     };
     let level = |most, id| directory.level_within(most, id, kind, query.amount, now_ns);
     // Subjects that find no place share one, as they do on the host's own shelves. That one has a place of its own: there
@@ -136,6 +136,7 @@ fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::quota::levels::Shelf;
 
     /// Made-up users fill their part of the directory; then they share a level, and keys still have their own.
     #[test]
@@ -147,13 +148,14 @@ mod tests {
             unix_ms: 0,
         };
         let window = Window::Never;
-        let ask = |id, shelf| {
+        let ask = |id, by_clients| {
             let query = Query {
                 window: &window,
                 amount: 10,
                 id,
                 overflow_id: 1,
-                shelf,
+                shelf: Shelf::Parallel,
+                by_clients,
                 hard: true,
                 note_held: false,
             };
@@ -161,26 +163,26 @@ mod tests {
         };
         let guests = LEASED_GUESTS_MAX as u64;
         for user in 0..guests {
-            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+            assert_eq!(ask(1_000 + user, true), Ok(()));
         }
         for user in guests..guests + 2 {
-            assert_eq!(ask(1_000 + user, Shelf::Guests), Ok(()));
+            assert_eq!(ask(1_000 + user, true), Ok(()));
         }
-        let refused = ask(1_000 + guests + 2, Shelf::Guests);
+        let refused = ask(1_000 + guests + 2, true);
         assert!(
             matches!(refused, Err(Refused::Exhausted(_))),
             "ten units for all of them"
         );
         for key in 0..100 {
-            assert_eq!(ask(1_000_000 + key, Shelf::Own), Ok(()));
+            assert_eq!(ask(1_000_000 + key, false), Ok(()));
         }
         assert_eq!(directory.len(), LEASED_GUESTS_MAX + 101);
         let own = LEASED_LEVELS_MAX as u64;
         for key in 100..own {
-            let _ = ask(1_000_000 + key, Shelf::Own);
+            let _ = ask(1_000_000 + key, false);
         }
         assert!(
-            matches!(ask(5_000_000, Shelf::Own), Err(Refused::Exhausted(_))),
+            matches!(ask(5_000_000, false), Err(Refused::Exhausted(_))),
             "not: no place"
         );
     }

@@ -179,6 +179,7 @@ mod tests {
             id,
             overflow_id: 1 << 50,
             shelf: Shelf::Own,
+            by_clients: false,
             hard: true,
             note_held: true,
         }

@@ -229,6 +229,19 @@ impl Account {
         }
     }
 
+    /// Notes that the request did not reach who was asked, after [`Account::dispatched`].
+    pub fn unsent(&mut self) {
+        self.dispatched_ns = 0;
+        if let Some(reservation) = &mut self.reservation {
+            reservation.unsent();
+        }
+    }
+
+    /// Notes that who was asked has declined, and another is asked: nobody works on the request.
+    pub fn declined(&mut self) {
+        self.dispatched_ns = 0;
+    }
+
     /// Notes the status that the client is sent, and whether it is a stream.
     pub fn answering(&mut self, status: u16, stream: bool) {
         self.record.status = status;

@@ -71,6 +71,7 @@ pub async fn run(core: &Rc<Core>, order: &Order<'_>, account: &mut Account) -> R
             match attempt(core, order, target, &endpoint, account).await {
                 Ok(upstream) if asks_for_another(upstream.head.status) => {
                     // Kept, to be the answer if nobody has a better one.
+                    account.declined();
                     let refuses_the_target = is_rate_limit(upstream.head.status);
                     busy = Some((upstream, target, place));
                     if refuses_the_target {
@@ -165,7 +166,10 @@ async fn attempt(
             .await
             .map(|()| upstream);
         match result {
-            Err(Failed::Unreachable) => core.telemetry.counters().upstream_retries.inc(),
+            Err(Failed::Unreachable) => {
+                account.unsent();
+                core.telemetry.counters().upstream_retries.inc();
+            }
             _ => return note(core, endpoint, result),
         }
     }
@@ -179,6 +183,9 @@ async fn attempt(
             .map(|()| upstream);
     } else {
         core.telemetry.counters().upstream_connect_failures.inc();
+    }
+    if matches!(result, Err(Failed::Unreachable)) {
+        account.unsent();
     }
     note(core, endpoint, result)
 }

@@ -143,7 +143,11 @@ impl Calls {
     /// The next call that has ended, within this time; `None`: none runs, or those that do take longer.
     pub async fn ended(&mut self, within: Duration) -> Option<Done> {
         let next = timeout(within, self.running.join_next()).await;
-        let done = next.ok()??.ok()?;
+        let Ok(done) = next.ok()?? else {
+            // A panic: nobody knows whose call it was.
+            self.clear();
+            return None;
+        };
         let (part, is_answered) = match &done {
             Done::Levels(call) => (call.part, call.heard.is_ok()),
             Done::Presence(result) => (PRESENCE, result.is_ok()),

@@ -62,6 +62,8 @@ impl Documents {
             let birth = link.birth(DOCUMENTS, host).await?;
             if birth != self.told.0 {
                 self.told = (birth, 0);
+                // The new log may begin below where the old one was read to.
+                self.feed.restart();
             }
             self.look_at = Instant::now() + LOOK_EVERY;
         }

@@ -62,8 +62,10 @@ local function report(key, at)
       end
       slots[n] = (slots[n] or 0) + tonumber(value)
     else
-      local s, c, o, e, d = string.match(value, '^(%S+) (%S+) (%S+) (%S+) (%S+)$')
+      local s, c, o, e, d = string.match(value, '^(%S+) (%S+) (%S+) (%S+) ?(%S*)$')
       e = tonumber(e)
+      -- Hosts of before 2026-11-21 did not tell what they hold.
+      if d == '' then d = '0' end
       if field == 'h:' .. host then
         me = { seq = tonumber(s), spent = tonumber(c) }
       else

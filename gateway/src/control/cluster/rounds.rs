@@ -38,6 +38,9 @@ const RECORDS_KEPT: Duration = Duration::from_secs(3600);
 /// How often it is looked whether a request was refused for want of a lease: then a round comes at once.
 const HURRY_EVERY: Duration = Duration::from_millis(5);
 
+/// How long the end of a host waits for the store to have heard all of its use; a half of what the whole leave may take.
+const FAREWELL_TIME: Duration = Duration::from_millis(500);
+
 /// How often this host says that it is there, and reads the store's clock.
 const PRESENCE_EVERY: Duration = Duration::from_secs(1);
 
@@ -400,7 +403,11 @@ impl Rounds {
     /// Hands back what is not held: the other hosts need not wait until the leases run out.
     async fn farewell(&mut self) {
         let Some(mut link) = self.link.take() else { return };
-        let now = self.now();
+        // Nothing waits its turn any more: what is not told now is never told.
+        let now = Now {
+            defer_ns: 0,
+            ..self.now()
+        };
         self.calls.clear();
         let mut parts: BTreeMap<u64, Vec<(usize, Report)>> = BTreeMap::new();
         for (place, tracker) in &mut self.trackers {
@@ -417,15 +424,19 @@ impl Rounds {
                     .push((*place, report));
             }
         }
-        for (part, mut levels) in parts {
-            while !levels.is_empty() {
-                let rest = levels.split_off(levels.len().min(REPORTS_PER_ROUND_MAX));
-                self.calls.report(&link, part, levels, self.times());
-                levels = rest;
-                // What a part that does not answer is owed comes back with the lease.
-                while self.calls.ended(PRESENCE_EVERY).await.is_some() {}
-            }
+        // All at once, so that a part that hangs keeps none of the others from hearing it. What such a part is owed comes back
+        // with the lease.
+        let times = self.times();
+        for (part, levels) in parts {
+            self.calls.report(&link, part, levels, times);
         }
+        let until = Instant::now() + FAREWELL_TIME;
+        while self
+            .calls
+            .ended(until.saturating_duration_since(Instant::now()))
+            .await
+            .is_some()
+        {}
         let _ = link.present(&self.cluster.host, 0).await;
     }
 }

@@ -122,6 +122,8 @@ impl Tracker {
         let mut allowance = look.allowance;
         if allowance.saturating_sub(look.taken) > target.saturating_add(target / 4) {
             allowance = self.level.lower(look.taken.saturating_add(target));
+            // What was handed back is not to come again with the next grant.
+            self.look.allowance = allowance;
         }
         let allowance = allowance.max(look.taken);
         let spare = allowance - look.taken;
@@ -358,7 +360,10 @@ impl Tracker {
     pub fn retire(&mut self, now: Now) -> bool {
         let idle = now.ns.saturating_sub(self.used_ns) >= RETIRE_NS;
         let nearly_used_up = self.used_by(now) > self.level.amount() / 4 * 3;
-        let may = self.has_ended(now) || (idle && !nearly_used_up);
+        // One whose use the store has not heard stays: its successor would only be one more of which that is so.
+        let spent = self.level.look().spent;
+        let is_told = spent == 0 || self.known == Some(spent);
+        let may = self.has_ended(now) || (idle && is_told && !nearly_used_up);
         if !may || self.retired {
             return false;
         }

@@ -67,6 +67,8 @@ pub struct Ring {
     swept_ns: u64,
     /// Receives since [`Ring::give_back`] was last called.
     receives: usize,
+    /// Bytes received since the last wait began.
+    received_bytes: usize,
     /// The buffers' memory is to be given back at the turn's end.
     releases: bool,
     spare: Spare,
@@ -111,6 +113,7 @@ impl Ring {
             due: Vec::new(),
             closing: 0,
             receives: 0,
+            received_bytes: 0,
             releases: false,
             swept_ns: 0,
             spare: Spare::default(),

@@ -18,6 +18,7 @@ fn query(window: &Window) -> Query<'_> {
         id: 77 << 32,
         overflow_id: 78 << 32,
         shelf: Shelf::Own,
+        by_clients: false,
         hard: true,
         note_held: true,
     }

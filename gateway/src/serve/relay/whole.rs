@@ -82,7 +82,7 @@ pub async fn run(
             spawn(async move { drain::rest(&core, upstream, &mut account, body.bytes).await });
             return Next::Gone;
         }
-        Err(Ended::ClientGone) => return client_gone(account, body.bytes.len()),
+        Err(Ended::ClientGone) => return client_gone(account, upstream.head.status, &body.bytes),
     }
     account.first_byte(clock::turn_ns());
     if !body.done {
@@ -236,8 +236,14 @@ async fn fail(
 
 /// The client has hung up before it was sent anything. What the upstream has generated is known by what of it came; before
 /// the first byte nobody knows it.
-fn client_gone(mut account: Account, body_bytes: usize) -> Next {
-    settle_cut(&mut account, Outcome::ClientGone, body_bytes);
+///
+/// An error used nothing.
+fn client_gone(mut account: Account, status: u16, body: &[u8]) -> Next {
+    let (usage, estimated) = match status {
+        200..300 => (estimate_of(&account, body, body.len()), true),
+        _ => (Usage::default(), false),
+    };
+    account.settle(Outcome::ClientGone, usage, estimated);
     Next::Gone
 }
 

@@ -16,6 +16,10 @@ use crate::net::{
 /// Events for which a gathering wait ends early: more would not be cheaper, and the buffers must suffice for them.
 const GATHER_EVENTS: u32 = 128;
 
+/// Bytes received in a turn from which on the next wait gathers nothing: somebody sends as fast as it goes, who would wait for
+/// each turn. Streamed events of a turn are some kilobytes.
+const GATHER_BYTES_MAX: usize = 64 * 1024;
+
 /// How long a socket that nobody owns any more may take none of what it was sent; then it is reset. The kernel would
 /// keep it for minutes.
 const LINGER: Duration = Duration::from_secs(30);
@@ -37,6 +41,10 @@ impl Ring {
     /// Hands the turn's requests to the kernel and waits, at most `time`, until there is something to do; not at all where
     /// `time` is zero. `gather`: how long events may be collected before the first is acted on.
     pub fn park(&mut self, time: Duration, gather: Duration) {
+        let gather = match std::mem::take(&mut self.received_bytes) {
+            0..GATHER_BYTES_MAX => gather,
+            _ => Duration::ZERO,
+        };
         let mut deadline_ns = None;
         let mut left = time;
         loop {
@@ -73,6 +81,12 @@ impl Ring {
             self.spill(index);
         }
         self.touched = touched;
+        // What was received has been copied out above, and nothing has been asked of the kernel since the last look at what
+        // has come: no buffer is held but by the kernel. Else the next turn does it.
+        if self.releases && !self.uring.submission().cq_overflow() && self.uring.completion().is_empty() {
+            self.releases = false;
+            self.buffers.release_memory();
+        }
         let mut dirty = std::mem::take(&mut self.dirty);
         let any = !dirty.is_empty();
         for index in dirty.drain(..) {
@@ -85,10 +99,6 @@ impl Ring {
             self.receive(index);
         }
         self.due = due;
-        if std::mem::take(&mut self.releases) {
-            // What was received has been copied out above: no buffer is held.
-            self.buffers.release_memory();
-        }
         self.buffers.publish();
         any
     }
@@ -232,6 +242,7 @@ impl Ring {
         if let Some(number) = cqueue::buffer_select(flags) {
             if result > 0 && !slot.closing {
                 self.links.push(&mut slot.received, number, result as u32);
+                self.received_bytes += result as usize;
                 debug_assert!(result as usize <= BUFFER_BYTES);
                 if !slot.is_touched {
                     slot.is_touched = true;
