@@ -378,6 +378,7 @@ fn the_script_and_the_model_agree() {
                     wanted: below(300),
                     needed: below(60),
                     held: below(30),
+                    hard: below(2) == 0,
                 };
                 let now_us = clock::unix_ms() * 1_000;
                 let expected = model.report(&report, times, now_us);

@@ -11,7 +11,7 @@ use gateway::{
     control::cluster::{
         Status,
         feed::Feed,
-        level::{Answer, Report, Times},
+        level::{Answer, Level, Report, Times},
         link::{Address, Item, Link},
     },
     net::clock,
@@ -88,6 +88,7 @@ fn report(id: u64, kind: Kind, amount: u64, host: &str, spent: u64) -> Report {
         wanted: 10,
         needed: 10,
         held: 0,
+        hard: true,
     }
 }
 
@@ -254,6 +255,77 @@ fn a_store_whose_clock_was_ahead() {
                 }
             }
         });
+    }
+}
+
+/// Debt is what was used beyond leases when nothing was left, and nothing else goes along into the next period.
+#[test]
+fn a_lowered_amount_makes_no_debt() {
+    for binary in servers() {
+        let redis = Redis::start(binary, &[]);
+        // A period that ends within a second by the store's clock is over: one after the other, without waiting.
+        let begin_ms = clock::unix_ms();
+        let period = |number: u64| Kind::Period {
+            end_unix_ms: begin_ms + 100 * number,
+            length_ms: 100,
+        };
+        // Of each report: period, amount, host, spent, kept. What is used then, by the script and by the model.
+        let run = |id: u64, hard: bool, reports: &[(u64, u64, &str, u64, u64)]| {
+            with_link(&redis, async |link| {
+                let (mut model, mut used) = (Level::default(), Vec::new());
+                for (seq, (number, amount, host, spent, kept)) in (1..).zip(reports) {
+                    let report = Report {
+                        seq,
+                        kept: *kept,
+                        wanted: 0,
+                        hard,
+                        ..report(id, period(*number), *amount, host, *spent)
+                    };
+                    let expected = model.report(&report, TIMES, clock::unix_ms() * 1_000);
+                    let answer = ask(&link, report.clone()).await;
+                    assert_eq!(
+                        (answer.used, answer.free),
+                        (expected.used, expected.free),
+                        "{report:?}"
+                    );
+                    used.push(answer.used);
+                }
+                used
+            })
+        };
+        let lowered = [
+            (1, 100, "a", 0, 90),
+            (1, 100, "a", 80, 10),
+            (1, 10, "a", 80, 10),
+            // Its lease was granted before.
+            (1, 10, "a", 90, 0),
+            (2, 10, "b", 0, 0),
+        ];
+        assert_eq!(run(1, true, &lowered), [0, 80, 80, 90, 0]);
+        let overused = [
+            (1, 100, "a", 0, 80),
+            (1, 10, "a", 80, 0),
+            (1, 10, "a", 105, 0),
+            (2, 10, "b", 0, 0),
+            (3, 10, "c", 0, 0),
+            (4, 10, "d", 0, 0),
+            (5, 10, "e", 0, 0),
+        ];
+        assert_eq!(run(2, true, &overused), [0, 80, 105, 25, 15, 5, 0]);
+        assert_eq!(run(3, false, &overused), [0, 80, 105, 0, 0, 0, 0]);
+        // Another host's lease leaves nothing for what goes beyond: debt if it is used, none if it comes back.
+        for (id, other, debt) in [(5, 50, 30), (6, 0, 0)] {
+            let two = [
+                (1, 100, "a", 0, 50),
+                (1, 100, "b", 0, 50),
+                (1, 100, "b", 80, 0),
+                (1, 100, "a", other, 0),
+                (2, 100, "c", 0, 0),
+            ];
+            assert_eq!(run(id, true, &two), [0, 0, 80, 80 + other, debt]);
+        }
+        let raised = [(1, 100, "a", 120, 0), (2, 200, "b", 0, 0)];
+        assert_eq!(run(7, true, &raised), [120, 0]);
     }
 }
 

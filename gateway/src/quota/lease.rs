@@ -55,6 +55,8 @@ pub struct Leased {
     id: u64,
     kind: Kind,
     amount: AtomicU64,
+    /// It refuses what does not fit; otherwise it only counts, and has no debt.
+    hard: AtomicBool,
     taken: AtomicU64,
     spent: AtomicU64,
     /// Of a bucket: what all requests reserved, and what those of them that have ended had reserved. Between the two is
@@ -141,6 +143,7 @@ impl Leased {
             id,
             kind,
             amount: AtomicU64::new(amount),
+            hard: AtomicBool::new(true),
             taken: AtomicU64::new(0),
             spent: AtomicU64::new(0),
             reserved: AtomicU64::new(0),
@@ -177,6 +180,16 @@ impl Leased {
     /// Changes the shared amount: a reload, a budget changed or topped up. The store hears it with the next report.
     pub fn set_amount(&self, amount: u64) {
         self.amount.store(amount, Relaxed);
+    }
+
+    /// Whether what was used when nothing was left is debt.
+    pub fn is_hard(&self) -> bool {
+        self.hard.load(Relaxed)
+    }
+
+    /// Says whether it refuses or only counts. The store hears it with the next report.
+    pub fn set_hard(&self, hard: bool) {
+        self.hard.store(hard, Relaxed);
     }
 
     /// Takes `units` at once or not at all.

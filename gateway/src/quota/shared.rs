@@ -89,9 +89,14 @@ fn find_or_make(
     let level = |most, id| directory.level_within(most, id, kind, query.amount, now_ns);
     // Subjects that find no place share one, as they do on the host's own shelves. That one has a place of its own: there
     // are as many as policies.
-    level(most, query.id)
+    let level = level(most, query.id)
         .or_else(|_| level(LEASED_LEVELS_MAX + LEASED_OVERFLOWS_MAX, query.overflow_id))
-        .map_err(|_| Refused::Full)
+        .map_err(|_| Refused::Full)?;
+    // Mostly it is as it was, and then nothing is written.
+    if level.is_hard() != query.hard {
+        level.set_hard(query.hard);
+    }
+    Ok(level)
 }
 
 fn kind(window: &Window, now: Moment) -> Kind {
@@ -137,6 +142,30 @@ fn refusal(refused: &LeaseStanding, units: u64, closed: bool) -> Refused {
 mod tests {
     use super::*;
     use crate::quota::levels::Shelf;
+
+    #[test]
+    fn the_store_hears_that_a_rule_only_counts() {
+        let (directory, window) = (Directory::default(), Window::Never);
+        let now = Moment {
+            steady_ns: 0,
+            unix_ms: 0,
+        };
+        for hard in [true, false, true] {
+            let query = Query {
+                window: &window,
+                amount: 10,
+                id: 1,
+                overflow_id: 2,
+                shelf: Shelf::Own,
+                by_clients: false,
+                hard,
+                note_held: false,
+            };
+            charge(&directory, &query, 1, now);
+            let level = directory.find(1, Kind::Credit).expect("the level");
+            assert_eq!(level.is_hard(), hard);
+        }
+    }
 
     /// Made-up users fill their part of the directory; then they share a level, and keys still have their own.
     #[test]

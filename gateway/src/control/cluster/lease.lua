@@ -5,16 +5,16 @@
 -- ARGV: lease (µs), how long a silent host's record is kept (µs), then for each level: host, kind (b, s, p, c), amount,
 -- window (µs; of p: the period's end, unix ms), its length (ms), time to live of the key beyond its window (ms; 0: for
 -- ever), sequence number, spent, where counting begins in a level that is new to the host, the same where only the record is gone, the
--- level's birth as the host knows it, kept, wanted, needed, held.
+-- level's birth as the host knows it, kept, wanted, needed, held, hard (1 or 0).
 -- Answer: the mark, then for each level: accepted (1 or 0), out, free, used, hosts, reset (µs), settled (µs), birth; or a text: what
 -- is wrong with the level.
 --
 -- The mark is when this part of the store began (µs): another one says that its data was lost.
 -- A level is a hash: b its birth (µs), u units used, t when that was so (µs), s:N units used in the N-th sixteenth of a window,
--- p the period's end, h:HOST "sequence spent out expiry held".
+-- p the period's end, o units of it that were overuse, h:HOST "sequence spent out expiry held".
 
 local SLOTS = 16
-local FIELDS = 15
+local FIELDS = 16
 -- The longest lease that can be configured, µs: what ends later was granted by a clock that has been set back since.
 local LEASE_LONGEST = 61000000
 -- A clock that was set back by less is no reason to end a period early, ms.
@@ -40,10 +40,11 @@ local function report(key, at)
   local from_start, from_known = tonumber(ARGV[at + 8]), tonumber(ARGV[at + 9])
   local birth_known = tonumber(ARGV[at + 10])
   local kept, wanted, needed = tonumber(ARGV[at + 11]), tonumber(ARGV[at + 12]), tonumber(ARGV[at + 13])
-  local held = tonumber(ARGV[at + 14])
+  local held, hard = tonumber(ARGV[at + 14]), ARGV[at + 15] == '1'
 
   local raw = redis.call('HGETALL', key)
   local used, seen, ends, birth = 0, now, 0, now
+  local over, noted = 0, 0
   local slots, me, hosts, others, gone = {}, nil, 1, 0, {}
   local slot = math.floor(now * SLOTS / math.max(window, 1))
   for i = 1, #raw, 2 do
@@ -53,6 +54,9 @@ local function report(key, at)
     elseif sort == 't' then seen = tonumber(value)
     elseif sort == 'b' then birth = tonumber(value)
     elseif sort == 'p' then ends = tonumber(value)
+    elseif sort == 'o' then
+      noted = tonumber(value)
+      over = noted
     elseif sort == 's' then
       local n = tonumber(string.sub(field, 3))
       -- Of a clock that has been set back since: it counts from now.
@@ -67,7 +71,7 @@ local function report(key, at)
       -- Hosts of before 2026-11-21 did not tell what they hold.
       if d == '' then d = '0' end
       if field == 'h:' .. host then
-        me = { seq = tonumber(s), spent = tonumber(c) }
+        me = { seq = tonumber(s), spent = tonumber(c), out = e > now and tonumber(o) or 0 }
       else
         if e > now + LEASE_LONGEST then
           e = now + lease_us
@@ -91,10 +95,15 @@ local function report(key, at)
     end
   end
 
-  -- A new period begins when the old one has ended by this clock, whatever a host's clock says. Debt goes along.
+  -- A new period begins when the old one has ended by this clock, whatever a host's clock says. Debt goes along:
+  -- what is above the amount and was no overuse was used under a greater one.
   local now_ms = now / 1000
   if kind == 'p' and window > ends and ends <= now_ms + 1000 then
-    if ends > 0 then used = math.max(0, used - amount) end
+    if ends > 0 then
+      used = math.min(math.max(0, used - amount), over)
+      -- The part that this period cannot pay is overuse of this one too.
+      over = math.max(0, used - amount)
+    end
     ends = window
     redis.call('HSET', key, 'p', whole(ends))
   elseif kind == 'p' and ends > window and window > now_ms + SET_BACK then
@@ -110,6 +119,12 @@ local function report(key, at)
   if me then before = me.spent elseif birth == birth_known then before = math.max(from_start, from_known) end
   local more = spent - before
   used = math.max(0, used + more)
+  if kind == 'p' and hard then
+    -- Overuse is noted when it is reported: what the host's lease does not cover, where all that is used and leased is
+    -- above the amount. What was leased before the amount was lowered is none.
+    local uncovered = more + kept - (me and me.out or 0)
+    over = over + math.max(0, math.min(uncovered, used + others + kept - amount))
+  end
   if kind == 's' then
     if more ~= 0 then slots[slot] = math.max(0, (slots[slot] or 0) + more) end
     if slots[slot] then redis.call('HSET', key, 's:' .. whole(slot), exact(slots[slot])) end
@@ -124,6 +139,7 @@ local function report(key, at)
 
   redis.call('HSET', key, 'b', whole(birth), 'u', exact(used), 't', whole(now), 'h:' .. host,
     table.concat({ whole(seq), whole(spent), whole(out), whole(now + lease_us), ARGV[at + 14] }, ' '))
+  if over ~= noted then redis.call('HSET', key, 'o', exact(over)) end
   if #gone > 0 then redis.call('HDEL', key, unpack(gone, 1, math.min(#gone, GONE_MOST))) end
   if ttl_ms == 0 then
     redis.call('PERSIST', key)

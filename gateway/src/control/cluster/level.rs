@@ -7,6 +7,9 @@
 //! then the lease covers it. So units are in one of the two as long as their host lives, and the sum is never above the
 //! amount. A host that falls silent loses its lease with its expiry: what it used and had not reported by then is the
 //! overshoot.
+//!
+//! Debt of a period is what was used beyond leases when nothing was left, as `quota/levels/debt.rs` has it for one host: not
+//! what stands above an amount that was lowered.
 
 use std::collections::HashMap;
 
@@ -48,6 +51,8 @@ pub struct Report {
     pub needed: u64,
     /// Units of a bucket that count in `spent` and may come back: what running requests reserved. Rather too many.
     pub held: u64,
+    /// It refuses what does not fit. What only counts has no debt.
+    pub hard: bool,
 }
 
 /// What the store says.
@@ -95,6 +100,8 @@ pub struct Level {
     slots: HashMap<u64, u64>,
     hosts: HashMap<String, Record>,
     ends_unix_ms: u64,
+    /// Units of the period that were overuse.
+    over: f64,
     birth: u64,
 }
 
@@ -126,7 +133,8 @@ impl Level {
                 ..Answer::default()
             };
         }
-        self.count(report, me.as_ref(), now_us);
+        let more = self.count(report, me.as_ref(), now_us);
+        self.note_overuse(report, me.as_ref(), more, others, now_us);
 
         let free = (report.amount as f64 - self.used - others as f64 - report.kept as f64).floor();
         let free = free.max(0.0) as u64;
@@ -178,12 +186,16 @@ impl Level {
                 self.slots.retain(|n, _| *n + SLOTS >= slot);
                 self.used = self.slots.values().sum::<u64>() as f64;
             }
-            // A new period begins when the old one has ended by the store's clock. Debt goes along.
+            // A new period begins when the old one has ended by the store's clock. Debt goes along: what is
+            // above the amount and was no overuse was used under a greater one.
             Kind::Period { end_unix_ms, .. } => {
                 let now_ms = now_us / 1_000;
                 if end_unix_ms > self.ends_unix_ms && self.ends_unix_ms <= now_ms + 1_000 {
                     if self.ends_unix_ms > 0 {
-                        self.used = (self.used - report.amount as f64).max(0.0);
+                        let amount = report.amount as f64;
+                        self.used = (self.used - amount).max(0.0).min(self.over);
+                        // The part that this period cannot pay is overuse of this one too.
+                        self.over = (self.used - amount).max(0.0);
                     }
                     self.ends_unix_ms = end_unix_ms;
                 } else if self.ends_unix_ms > end_unix_ms && end_unix_ms > now_ms + SET_BACK_MS {
@@ -196,8 +208,8 @@ impl Level {
         self.seen_us = now_us;
     }
 
-    /// Counts what the report says was used since the last one.
-    fn count(&mut self, report: &Report, me: Option<&Record>, now_us: u64) {
+    /// Counts what the report says was used since the last one, and says it.
+    fn count(&mut self, report: &Report, me: Option<&Record>, now_us: u64) -> f64 {
         let before = match me {
             Some(me) => me.spent,
             None if self.birth == report.birth => report.from_start.max(report.from_known),
@@ -209,6 +221,22 @@ impl Level {
             let units = self.slots.entry(slot(window_ns, now_us)).or_default();
             *units = (*units as f64 + more).max(0.0) as u64;
         }
+        more
+    }
+
+    /// Notes what the host's lease does not cover, where all that is used and leased is above the amount. What was leased
+    /// before the amount was lowered is no overuse.
+    fn note_overuse(&mut self, report: &Report, me: Option<&Record>, more: f64, others: u64, now_us: u64) {
+        if !report.hard || !matches!(report.kind, Kind::Period { .. }) {
+            return;
+        }
+        let lease = me
+            .filter(|me| me.expiry_us > now_us)
+            .map_or(0.0, |me| me.out as f64);
+        let kept = report.kept as f64;
+        let uncovered = more + kept - lease;
+        let above = self.used + others as f64 + kept - report.amount as f64;
+        self.over += uncovered.min(above).max(0.0);
     }
 
     /// Until time has given back what was used for good of a bucket: all that is held may come back before it does. What
@@ -246,6 +274,7 @@ impl Level {
             slots,
             hosts: HashMap::new(),
             ends_unix_ms: 0,
+            over: 0.0,
             birth: answer.birth,
         }
     }

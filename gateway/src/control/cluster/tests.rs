@@ -406,6 +406,7 @@ fn a_clock_that_was_ahead_leaves_nothing_behind() {
         wanted: 40,
         needed: 40,
         held: 0,
+        hard: true,
     };
     let period = |us: u64| Kind::Period {
         end_unix_ms: us / 1_000 / hour_ms * hour_ms + hour_ms,

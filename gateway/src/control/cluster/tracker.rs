@@ -167,6 +167,7 @@ impl Tracker {
             wanted,
             needed,
             held: look.held,
+            hard: self.level.is_hard(),
         })
     }
 

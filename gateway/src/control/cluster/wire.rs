@@ -55,6 +55,7 @@ pub(super) fn write_report(report: &Report, command: &mut Cmd) {
         report.wanted,
         report.needed,
         report.held,
+        u64::from(report.hard),
     ];
     for number in numbers {
         command.arg(number);
