@@ -272,7 +272,14 @@ impl Client {
 
     fn more(&mut self) -> io::Result<()> {
         let mut buffer = [0; 64 * 1024];
-        match self.socket.read(&mut buffer)? {
+        let read = loop {
+            match self.socket.read(&mut buffer) {
+                // A read with a time limit is not begun again when the process was stopped and goes on (signal(7)).
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
+        match read {
             0 => Err(io::ErrorKind::UnexpectedEof.into()),
             n => {
                 self.received.extend_from_slice(&buffer[..n]);
