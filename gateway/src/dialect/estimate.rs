@@ -24,6 +24,9 @@ const FIRST: u32 = 4 * ONE as u32;
 /// A lesson's weight: half of what is known comes from the last eleven requests.
 const WEIGHT: i64 = 16;
 
+/// Answers after which the mean is as near as it comes (1/16 each: what was believed first weighs less than a thousandth).
+const LESSONS_FIRST: u32 = 128;
+
 /// Bounds of a lesson, bytes a token: less than one byte or more than 64 are figures that mean something else.
 const RATIO_MIN: u64 = ONE / 2;
 const RATIO_MAX: u64 = 64 * ONE;
@@ -36,6 +39,8 @@ const TOKENS_MIN: u64 = 16;
 pub struct Calibration {
     input: AtomicU32,
     output: AtomicU32,
+    /// Answers that have taught, up to [`LESSONS_FIRST`].
+    lessons: AtomicU32,
 }
 
 impl Default for Calibration {
@@ -43,6 +48,7 @@ impl Default for Calibration {
         Calibration {
             input: AtomicU32::new(FIRST),
             output: AtomicU32::new(FIRST),
+            lessons: AtomicU32::new(0),
         }
     }
 }
@@ -58,9 +64,9 @@ impl Calibration {
         tokens(&self.output, text_bytes)
     }
 
-    /// Whether answers have taught nothing yet.
+    /// Whether every answer is still worth learning from; later some are enough.
     pub fn is_untaught(&self) -> bool {
-        self.output.load(Relaxed) == FIRST
+        self.lessons.load(Relaxed) < LESSONS_FIRST
     }
 
     /// Learns from a request whose provider told its input tokens.
@@ -71,7 +77,9 @@ impl Calibration {
     /// Learns from an answer whose provider told its output tokens. Not for one with reasoning: it may be billed and not
     /// sent.
     pub fn learn_output(&self, text_bytes: u64, tokens: u64) {
-        learn(&self.output, text_bytes, tokens);
+        if learn(&self.output, text_bytes, tokens) && self.is_untaught() {
+            self.lessons.fetch_add(1, Relaxed);
+        }
     }
 }
 
@@ -80,17 +88,19 @@ fn tokens(ratio: &AtomicU32, bytes: u64) -> u64 {
     bytes.saturating_mul(ONE) / ratio
 }
 
-fn learn(ratio: &AtomicU32, bytes: u64, tokens: u64) {
+/// Whether there was something to learn.
+fn learn(ratio: &AtomicU32, bytes: u64, tokens: u64) -> bool {
     if tokens < TOKENS_MIN {
-        return;
+        return false;
     }
     let lesson = bytes.saturating_mul(ONE) / tokens;
     if !(RATIO_MIN..=RATIO_MAX).contains(&lesson) {
-        return;
+        return false;
     }
     let known = i64::from(ratio.load(Relaxed));
     let next = known + (lesson as i64 - known) / WEIGHT;
     ratio.store(next as u32, Relaxed);
+    true
 }
 
 /// The calibrations of all upstream models in use, kept over reloads.
