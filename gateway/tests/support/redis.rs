@@ -92,7 +92,13 @@ impl Redis {
         stream.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
         stream.write_all(format!("{command}\r\n").as_bytes()).ok()?;
         let mut answer = [0; 4096];
-        let length = stream.read(&mut answer).ok()?;
+        let length = loop {
+            match stream.read(&mut answer) {
+                // As in `Client`: the process was stopped for a moment.
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                read => break read.ok()?,
+            }
+        };
         Some(String::from_utf8_lossy(&answer[..length]).into_owned())
     }
 

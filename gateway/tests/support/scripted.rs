@@ -130,6 +130,8 @@ fn receive(socket: &mut TcpStream) -> Option<Vec<u8>> {
         }
         match socket.read(&mut buffer) {
             Ok(n @ 1..) => request.extend_from_slice(&buffer[..n]),
+            // As in `Client`: the process was stopped for a moment.
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             _ => return None,
         }
     }
