@@ -5,7 +5,7 @@ pub use mimalloc::Allocator;
 
 /// Gives memory that this thread has freed back to the system, where the allocator has kept it for longer than a second. It
 /// does so by itself only when it is asked for more, and a core whose requests have all become streams that wait asks for
-/// nothing. Costs about a microsecond for each megabyte in use.
+/// nothing.
 pub fn give_back() {
     #[cfg(feature = "mimalloc")]
     mimalloc::collect();
