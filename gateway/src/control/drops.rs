@@ -37,13 +37,14 @@ impl Drops {
     }
 
     /// Acts on what the cores have noted since the last tick; `tell` hears of each network that the kernel drops from now on.
+    /// Tells whether more may wait than one tick takes.
     pub fn tick(
         &self,
         shared: &Shared,
         kernel: Option<&Kernel>,
         config: &Config,
         tell: &dyn Fn(IpNet, Duration),
-    ) {
+    ) -> bool {
         let mut offenders = self.offenders.lock().unwrap_or_else(PoisonError::into_inner);
         let prefixes = prefixes(&config.kernel.drop);
         for _ in 0..CLIENTS_PER_TICK {
@@ -54,12 +55,13 @@ impl Drops {
         }
         for _ in 0..CLIENTS_PER_TICK {
             let Some(client) = shared.refusals.next_offender() else {
-                break;
+                return false;
             };
             if config.kernel.mode != KernelMode::Off {
                 drop_client(&mut offenders, shared, kernel, config, client, tell);
             }
         }
+        true
     }
 
     /// Forgets what was held against a network whose block was lifted by hand.

@@ -18,6 +18,7 @@ use std::{
     future::Future,
     path::PathBuf,
     sync::{Arc, Mutex},
+    task::{Wake, Waker},
     time::Duration,
 };
 
@@ -25,7 +26,8 @@ use anyhow::{Context, bail};
 use arc_swap::ArcSwap;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
-    time::{Instant, MissedTickBehavior, interval},
+    sync::Notify,
+    time::{Instant, sleep_until},
 };
 
 use crate::{
@@ -50,9 +52,12 @@ use crate::{
 use access::{Access, Directory, Names};
 use plane::{Inner, State};
 
-/// How often the control thread looks after the kernel's blocks and the cores. It bounds how long an offender goes on
-/// after its last permitted refusal.
-const TICK: Duration = Duration::from_millis(20);
+/// How often the control thread looks after the kernel, the limits' clock and the cores where nothing moves. Offenders wake
+/// it at once.
+const TICK: Duration = Duration::from_millis(100);
+
+/// How often while the cores' loads move, or the gateway ends.
+const TICK_BUSY: Duration = Duration::from_millis(20);
 
 /// How long the data plane may take to end after [`STOP`]; then the process ends without it.
 const STOP_TIME: Duration = Duration::from_secs(5);
@@ -298,6 +303,20 @@ fn kernel_or_reason(config: &Config, kernel: Result<Kernel, Off>) -> anyhow::Res
     }
 }
 
+/// Wakes the control thread from any other.
+#[derive(Default)]
+struct Bell(Notify);
+
+impl Wake for Bell {
+    fn wake(self: Arc<Self>) {
+        self.0.notify_one();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.0.notify_one();
+    }
+}
+
 /// What the process is told by signals.
 struct Signals {
     hangup: Signal,
@@ -318,13 +337,20 @@ impl Signals {
 
 /// Signals and ticks, until the data plane has ended.
 async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals) -> anyhow::Result<()> {
-    let mut ticks = interval(TICK);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
+    let mut tick = Instant::now();
     let mut watchdog = notify::Watchdog::new();
     let mut deadline = None;
+    let bell = Arc::new(Bell::default());
+    state.shared.refusals.listen(Waker::from(bell.clone()));
     loop {
         let asked_to_end = tokio::select! {
-            _ = ticks.tick() => false,
+            () = sleep_until(tick) => false,
+            () = bell.0.notified() => {
+                if state.follow_offenders() {
+                    bell.0.notify_one();
+                }
+                continue;
+            }
             _ = signals.hangup.recv() => {
                 let noted = admin::note_reload(state.directory().store.clone(), "signal".into(), state.reload());
                 // Apart, so that a slow disk holds up no tick.
@@ -337,7 +363,8 @@ async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals)
         if asked_to_end {
             deadline = Some(end(state, deadline));
         }
-        state.tick();
+        let moves = state.tick();
+        tick = Instant::now() + if moves || deadline.is_some() { TICK_BUSY } else { TICK };
         watchdog.beat(|| state.cores_are_alive(HEARTBEAT_MS_MAX));
         if threads.all_ended() && deadline.is_some() {
             return Ok(());

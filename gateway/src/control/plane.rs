@@ -44,8 +44,8 @@ use crate::{
     },
 };
 
-/// Ticks between two counts of the blocked clients, which walk the kernel's map: about a second.
-const TICKS_PER_COUNT: u64 = 50;
+/// Time between two counts of the blocked clients, which walk the kernel's map.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
 
 /// Clients that are taken from the kernel for `gateway top`, those with the most connections first.
 const TOP_CLIENTS_MAX: usize = 4096;
@@ -60,7 +60,8 @@ pub struct State {
     log: AccessLog,
     alerts: Alerts,
     resolver: Resolver,
-    ticks: AtomicU64,
+    /// When the blocked clients were counted last, milliseconds since the start.
+    counted_ms: AtomicU64,
     /// Blocked clients, as last counted.
     blocked: AtomicUsize,
     addresses: Vec<SocketAddr>,
@@ -120,7 +121,7 @@ impl State {
             log,
             alerts,
             resolver,
-            ticks: AtomicU64::new(0),
+            counted_ms: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
@@ -146,29 +147,34 @@ impl State {
         }
     }
 
-    /// Publishes to the kernel: who is to be dropped, and how loaded the cores are.
-    pub fn tick(&self) {
-        self.alerts.tick(&self.shared.snapshot.load().quota);
+    /// Publishes to the kernel who is to be dropped. Tells whether more wait.
+    pub fn follow_offenders(&self) -> bool {
         let kernel = self.kernel().ok();
         self.drops.tick(
             &self.shared,
             kernel.as_deref(),
             &self.inner().config,
             &|net, hold| self.tell_block(net, Some(hold)),
-        );
-        let Some(kernel) = kernel else { return };
-        if self
-            .ticks
-            .fetch_add(1, Ordering::Relaxed)
-            .is_multiple_of(TICKS_PER_COUNT)
-        {
+        )
+    }
+
+    /// Alerts, the limits' clock, blocks that have ended, and for the kernel how loaded the cores are. Tells whether their
+    /// loads move: then the next tick is to be soon.
+    pub fn tick(&self) -> bool {
+        self.alerts.tick(&self.shared.snapshot.load().quota);
+        let more = self.follow_offenders();
+        let Ok(kernel) = self.kernel() else { return more };
+        let now_ms = self.started.elapsed().as_millis() as u64;
+        if now_ms - self.counted_ms.load(Ordering::Relaxed) >= COUNT_EVERY.as_millis() as u64 {
+            self.counted_ms.store(now_ms, Ordering::Relaxed);
             self.blocked.store(kernel.blocked().len(), Ordering::Relaxed);
         }
-        kernel.publish_loads(self.shared.cores.iter().map(|core| {
+        let loads_move = kernel.publish_loads(self.shared.cores.iter().map(|core| {
             let streams = u32::try_from(core.counters().streams_open()).unwrap_or(u32::MAX);
             (core.core(), streams)
         }));
         kernel.tick();
+        more || loads_move
     }
 
     /// Whether every core has shown itself lately.

@@ -61,8 +61,9 @@ impl Loads {
     }
 
     /// Publishes open streams by core; a core beyond the ones there are is ignored. What has not changed is not written, so
-    /// that its cache line stays with the CPUs that read it.
-    pub fn publish(&mut self, open: impl IntoIterator<Item = (usize, u32)>) {
+    /// that its cache line stays with the CPUs that read it. Tells whether anything has changed since the last time, or will.
+    pub fn publish(&mut self, open: impl IntoIterator<Item = (usize, u32)>) -> bool {
+        let mut moves = false;
         for (number, open) in open {
             let Some(mut core) = self.cores.get(number).copied() else {
                 continue;
@@ -72,7 +73,9 @@ impl Loads {
             // What the program has added since the last time.
             let steered = now.saturating_sub(core.published);
             core.pending = (core.pending + steered) * PENDING_KEPT.0 / PENDING_KEPT.1;
+            let before = core.published;
             core.published = u64::from(open) + core.pending;
+            moves |= core.published != before || core.pending > 0;
             if core.published != now {
                 // A connection steered in between is forgotten; the next tick has it as a stream.
                 slot.store(core.published, Ordering::Relaxed);
@@ -86,6 +89,7 @@ impl Loads {
         if slot.load(Ordering::Relaxed) != least {
             slot.store(least, Ordering::Relaxed);
         }
+        moves
     }
 }
 

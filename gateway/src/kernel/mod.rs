@@ -333,9 +333,10 @@ impl Kernel {
     }
 
     /// Tells the steering how many streams cores have open. Call it a few times a second; in between, the program counts what
-    /// it steers. Costs no system call. A core beyond the plan's is ignored.
-    pub fn publish_loads(&self, open_streams: impl IntoIterator<Item = (usize, u32)>) {
-        locked(&self.loads).publish(open_streams);
+    /// it steers. Costs no system call. A core beyond the plan's is ignored. Tells whether loads move: then it is soon to be called
+    /// again.
+    pub fn publish_loads(&self, open_streams: impl IntoIterator<Item = (usize, u32)>) -> bool {
+        locked(&self.loads).publish(open_streams)
     }
 
     /// True: blocked clients are only counted. False: they are refused.

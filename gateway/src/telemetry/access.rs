@@ -320,7 +320,11 @@ struct Writer {
 impl Writer {
     fn run(&mut self, inbox: &Receiver<Order>) {
         loop {
-            let order = inbox.recv_timeout(DRAIN_EVERY);
+            // Without a destination there is nothing to do before the next order.
+            let order = match self.out {
+                Some(_) => inbox.recv_timeout(DRAIN_EVERY),
+                None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            };
             self.drain();
             match order {
                 Ok(Order::Write(destination, out)) => {

@@ -6,7 +6,11 @@
 use std::{
     hash::{BuildHasher, RandomState},
     net::IpAddr,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Waker,
 };
 
 use crossbeam::queue::ArrayQueue;
@@ -24,6 +28,8 @@ pub struct Refusals {
     hasher: RandomState,
     offenders: ArrayQueue<Origin>,
     redeemed: ArrayQueue<Origin>,
+    /// Woken for each offender.
+    listener: OnceLock<Waker>,
 }
 
 /// A slot: 24 bits of the client's hash, whether it was an offender, 15 bits count, 24 bits start of the window in
@@ -63,6 +69,7 @@ impl Default for Refusals {
             hasher: RandomState::new(),
             offenders: ArrayQueue::new(WAITING_MAX),
             redeemed: ArrayQueue::new(WAITING_MAX),
+            listener: OnceLock::new(),
         }
     }
 }
@@ -114,6 +121,9 @@ impl Refusals {
             match slot.compare_exchange_weak(word, next.pack(), Ordering::Relaxed, Ordering::Relaxed) {
                 Ok(_) if offends => {
                     let _ = self.offenders.push(client);
+                    if let Some(listener) = self.listener.get() {
+                        listener.wake_by_ref();
+                    }
                     return true;
                 }
                 Ok(_) => return false,
@@ -135,6 +145,11 @@ impl Refusals {
         if forgot.is_ok() && Slot::unpack(word).offended {
             let _ = self.redeemed.push(client);
         }
+    }
+
+    /// Wakes `listener` from now on whenever a client has become an offender. Only the first call counts.
+    pub fn listen(&self, listener: Waker) {
+        let _ = self.listener.set(listener);
     }
 
     /// The next client that became an offender. For the control thread.
@@ -171,6 +186,25 @@ mod tests {
 
     fn client(n: u8) -> Origin {
         at(&format!("10.0.0.{n}"))
+    }
+
+    #[test]
+    fn an_offender_wakes_who_listens() {
+        struct Count(AtomicU64);
+        impl std::task::Wake for Count {
+            fn wake(self: std::sync::Arc<Self>) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let count = std::sync::Arc::new(Count(AtomicU64::new(0)));
+        let refusals = Refusals::default();
+        refusals.listen(Waker::from(count.clone()));
+        for _ in 0..RULE.after - 1 {
+            assert!(!refusals.refused(client(1), &RULE, 0));
+        }
+        assert_eq!(count.0.load(Ordering::Relaxed), 0, "not an offender yet");
+        assert!(refusals.refused(client(1), &RULE, 0));
+        assert_eq!(count.0.load(Ordering::Relaxed), 1);
     }
 
     #[test]
