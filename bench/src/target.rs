@@ -50,6 +50,9 @@ pub struct Target {
     /// Files that are filled in and put into its state folder: name beside this file, name there.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
+    /// What its files say in braces besides what every target's may: name and text.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
     #[serde(default)]
     pub command: Vec<String>,
     #[serde(default)]
@@ -185,6 +188,9 @@ impl Target {
             let path = self.folder.join(from);
             let text =
                 fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text = self.settings.iter().fold(text, |text, (name, value)| {
+                text.replace(&format!("{{{name}}}"), value)
+            });
             fs::write(places.state.join(to), fill(&text, places, &ports))?;
         }
         let words: Vec<String> = self
