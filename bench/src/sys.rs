@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::Duration;
 
 /// Microseconds of `CLOCK_MONOTONIC`, which is one clock for all processes of a host.
 pub fn monotonic_us() -> u64 {
@@ -14,6 +15,22 @@ pub fn monotonic_us() -> u64 {
     // SAFETY: the pointer is to a timespec that lives through the call; this clock always exists on Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
     time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
+}
+
+/// Waits until a descriptor can be read, at most `time`, to some 50 µs (`epoll_wait` counts in milliseconds). A signal
+/// ends it too.
+pub fn wait_readable(fd: &impl AsRawFd, time: Duration) {
+    let mut wanted = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let time = libc::timespec {
+        tv_sec: time.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: both pointers are to values that live through the call; there is one descriptor.
+    unsafe { libc::ppoll(&mut wanted, 1, &time, std::ptr::null()) };
 }
 
 /// Cores that this process may run on.
