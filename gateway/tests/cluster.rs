@@ -26,6 +26,7 @@ use ipnet::IpNet;
 use support::{
     eventually,
     redis::{Redis, free_port, servers},
+    skipped,
 };
 
 #[test]
@@ -269,6 +270,11 @@ fn blocks_reach_hosts_that_are_there_and_those_that_come() {
     }
 }
 
+fn has_tls(binary: &'static str) -> bool {
+    let setting = Redis::start(binary, &[]).ask("CONFIG GET tls-port");
+    setting.is_some_and(|setting| setting.contains("tls-port"))
+}
+
 #[test]
 fn a_password_and_tls() {
     for binary in servers() {
@@ -291,6 +297,10 @@ fn a_password_and_tls() {
         assert!(!trouble.contains("sesame"), "{trouble}");
         Host::connected(&at(&redis, "  password: open-sesame\n"));
 
+        if !has_tls(binary) {
+            skipped("redis", format!("this {binary} was built without TLS"));
+            continue;
+        }
         let tls_port = Cell::new(0);
         let tls = Redis::start_with(binary, || {
             tls_port.set(free_port());
