@@ -21,7 +21,9 @@ use aya_ebpf::{
     programs::SkReuseportContext,
 };
 use aya_log_ebpf::info;
-use gateway_common::{Block, CORES_MAX, ClientKey, LOG_PAUSE_NS, NEAR_SLOTS, Settings, overloaded};
+use gateway_common::{
+    Block, CORES_MAX, ClientKey, LOAD_LEAST, LOG_PAUSE_NS, NEAR_SLOTS, Settings, load_slot, overloaded,
+};
 
 use crate::{
     judge::{block_of, is_exempt, is_pressed, may_be_exempt, now_ns, over_half_open, over_open, over_rate},
@@ -239,7 +241,7 @@ fn steer(ctx: &SkReuseportContext, settings: &Settings, port: u32) {
     }
     // The new connection counts at once: otherwise all of a burst would go to the core that was least loaded when user
     // space last published.
-    if let Some(load) = LOADS.get_ptr_mut(core) {
+    if let Some(load) = LOADS.get_ptr_mut(load_slot(core)) {
         add(load, 1);
     }
     if own {
@@ -263,16 +265,16 @@ fn choose(ctx: &SkReuseportContext, settings: &Settings) -> (u32, bool) {
         Some(core) if *core < settings.cores => *core,
         _ => any,
     };
-    let Some(own) = load(core) else {
+    let Some(own) = load(load_slot(core)) else {
         return (core, true);
     };
-    if let Some(least) = load(CORES_MAX) {
+    if let Some(least) = load(LOAD_LEAST) {
         let least = least as u32;
-        if least < settings.cores && load(least).is_some_and(|least| overloaded(own, least)) {
+        if least < settings.cores && load(load_slot(least)).is_some_and(|least| overloaded(own, least)) {
             return (least, false);
         }
     }
-    if load(any).is_some_and(|any| overloaded(own, any)) {
+    if load(load_slot(any)).is_some_and(|any| overloaded(own, any)) {
         return (any, false);
     }
     (core, true)
