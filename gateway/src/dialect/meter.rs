@@ -739,8 +739,12 @@ mod tests {
     #[test]
     fn of_the_first_event_only_what_names_the_stream_is_kept() {
         let chat = Api::ChatCompletions;
-        let chunk = br#"{"id":"c","created":1, "model" : "m" , "choices" : [{"index":0,"delta":{}}],"usage":null}"#;
-        assert_eq!(opening_of(chat, chunk), br#"{"id":"c","created":1, "model" : "m"}"#);
+        let chunk =
+            br#"{"id":"c","created":1, "model" : "m" , "choices" : [{"index":0,"delta":{}}],"usage":null}"#;
+        assert_eq!(
+            opening_of(chat, chunk),
+            br#"{"id":"c","created":1, "model" : "m"}"#
+        );
         let whole: [&[u8]; 7] = [
             br#"{"choices":[],"id":"c","model":"m"}"#,
             br#"{"id":"c","choices":[],"model":"m"}"#,

@@ -70,7 +70,7 @@ pub struct Reached {
     slot: u32,
 }
 
-/// No slot: half as large as an `Option<usize>`, of which a stream has several.
+/// No slot. A stream has several of these waits, and an `Option<usize>` would make each eight bytes larger.
 const NOWHERE: u32 = u32::MAX;
 
 impl Future for Reached {

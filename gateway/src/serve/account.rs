@@ -138,7 +138,11 @@ impl Account {
             client,
             input_estimated,
             tier: marks.tier,
-            prompt: model.has_vocabulary().then(|| Prompt::of(body)).flatten().map(Box::new),
+            prompt: model
+                .has_vocabulary()
+                .then(|| Prompt::of(body))
+                .flatten()
+                .map(Box::new),
             error: None,
             denied: None,
             target: None,

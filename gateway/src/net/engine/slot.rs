@@ -74,6 +74,9 @@ pub struct Slot {
     pub moved_ns: u64,
 }
 
+// Two of them for each open stream.
+const _: () = assert!(size_of::<Slot>() <= 176);
+
 /// See [`Slot::accepted`].
 #[derive(Default)]
 pub struct Backlog(pub VecDeque<io::Result<RawFd>>);
