@@ -743,7 +743,7 @@ mod tests {
             br#"{"id":"c","created":1, "model" : "m" , "choices" : [{"index":0,"delta":{}}],"usage":null}"#;
         assert_eq!(
             opening_of(chat, chunk),
-            br#"{"id":"c","created":1, "model" : "m"}"#
+            br#"{"id":"c","created":1, "model" : "m" }"#
         );
         let whole: [&[u8]; 7] = [
             br#"{"choices":[],"id":"c","model":"m"}"#,
