@@ -43,11 +43,13 @@ esac
 ulimit -Sn "$(ulimit -Hn)"
 
 state=$(mktemp -d)
-started=()
+started=() wrapper=""
 clean_up() {
   local pid
   for pid in "${started[@]}"; do kill "$pid" 2>/dev/null || true; done
   for pid in "${started[@]}"; do wait "$pid" 2>/dev/null || true; done
+  # It ends with the gateway, and writes what it found.
+  [ -z "$wrapper" ] || wait "$wrapper" 2>/dev/null || true
   rm -rf "$state"
 }
 trap clean_up EXIT
@@ -84,6 +86,14 @@ $wrap "$build/gateway" run -c "$state/gateway.yaml" > "$state/gateway.log" 2>&1 
 export GATEWAY_PID=$! GATEWAY_ADMIN=127.0.0.1:$admin GATEWAY_STATE=$state/ledger
 started=("$GATEWAY_PID" "${started[@]}")
 wait_for "$front" "$GATEWAY_PID"
+# Some wrappers become the gateway (valgrind), others start it (heaptrack): then it is the one to look at and to end.
+for pid in $(pgrep -f -- "run -c $state/gateway.yaml"); do
+  if [ "$pid" != "$GATEWAY_PID" ] && [ "/proc/$pid/exe" -ef "$build/gateway" ]; then
+    wrapper=$GATEWAY_PID GATEWAY_PID=$pid
+    started=("$GATEWAY_PID" "${started[@]:1}")
+    break
+  fi
+done
 "$build/gateway-bench" load --url "http://127.0.0.1:$front/v1/chat/completions" --key sk-bench --model "$model" \
   "$([ "$model" = plain ] && echo --plain || echo --stream)" -c "$connections" -d 1h > "$state/load.log" 2>&1 &
 load=$!
