@@ -122,6 +122,10 @@ deny: ## licences, sources, doubled crates, advisories
 instructions: ## the hot path's instruction counts against their baseline (perf/instructions.tsv)
 	perf/instructions.sh --check
 
+.PHONY: asan
+asan: ## the engine's stress tests under AddressSanitizer (minutes; GATEWAY_TEST_SEED=random for other cuts)
+	perf/asan.sh $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## each fuzz target for FUZZ_SECONDS
 	tests/fuzz.sh $(FUZZ_SECONDS)

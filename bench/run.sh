@@ -19,12 +19,15 @@ scenarios="memory json-1k busy light flood"
 out=$root/target/bench-results
 while [ $# -gt 0 ]; do
     case $1 in
+    --help | -h) usage && exit 0 ;;
+    --*) [ $# -ge 2 ] || { echo "$0: $1 needs a value" >&2; usage >&2; exit 2; } ;;
+    esac
+    case $1 in
     --rounds) rounds=$2 ;;
     --seconds) seconds=$2 ;;
     --targets) targets=$2 ;;
     --scenarios) scenarios=$2 ;;
     --out) out=$2 ;;
-    --help | -h) usage && exit 0 ;;
     *) usage >&2 && exit 2 ;;
     esac
     shift 2

@@ -1,7 +1,7 @@
 #!/bin/bash
 # Who allocates, how much, and what is never given back: the gateway under load with heaptrack.
 #
-#   perf/allocations.sh [SECONDS]              flood; MODEL=stream|plain|idle CONNECTIONS=16
+#   perf/allocations.sh [SECONDS]              flood; MODEL=stream|plain|idle CONNECTIONS=16 TOP=15 (callers)
 #
 # The shipped binary has mimalloc linked in, which no tool can look into; this builds one with the system's allocator
 # (--no-default-features) into target/allocations. The calls are the same, their cost is not.
@@ -9,8 +9,11 @@
 # Needs: heaptrack (apt-get install heaptrack).
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
 
-[ "${1:-}" != --help ] || { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 0; }
+help "$@"
+check_seconds "${1:-10}"
 command -v heaptrack >/dev/null || { echo "$0: needs heaptrack (apt-get install heaptrack)" >&2; exit 1; }
 build=$root/target/allocations/profiling
 (cd "$root" && cargo build -q --profile profiling --locked --target-dir target/allocations -p gateway --no-default-features --bin gateway \
@@ -19,6 +22,9 @@ out=$root/target/heaptrack
 rm -f "$out".*
 "$root/perf/under-load.sh" --build "$build" --model "${MODEL:-flood}" --connections "${CONNECTIONS:-16}" \
   --wrap "heaptrack --output $out" sleep "${1:-10}"
-heaptrack_print --file "$(ls "$out".* | head -1)" --print-peaks 0 --print-temporary 0 --print-leaks 0 --peak-limit 0 --short 2>/dev/null \
-  | head -60 || heaptrack_print "$(ls "$out".* | head -1)" | head -80
-echo "wrote $(ls "$out".* | head -1) (heaptrack_gui opens it)"
+trace=$(find "$root/target" -maxdepth 1 -name 'heaptrack.*' -print -quit)
+[ -n "$trace" ] || fail "heaptrack wrote no $out.*"
+# The list of who calls most often comes first; awk reads to the end, so that nothing ends by a broken pipe.
+heaptrack_print --file "$trace" --print-peaks 0 --print-temporary 0 --print-leaks 0 --peak-limit "${TOP:-15}" --short 2>/dev/null \
+  | awk -v most=150 'NR <= most'
+echo "wrote $trace (heaptrack_gui opens it)"

@@ -8,14 +8,19 @@
 #   perf/bpf-stats.sh -- cargo test -p gateway --test kernel -- --ignored flood
 set -euo pipefail
 
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
+
+help "$@"
+wrong() { usage >&2; exit 2; }
 
 seconds=10
 command=()
 case ${1:-} in
   "") ;;
-  --) shift; command=("$@"); [ $# -gt 0 ] || usage ;;
-  *[!0-9]*) usage ;;
+  --) shift; command=("$@"); [ $# -gt 0 ] || wrong ;;
+  *[!0-9]*) wrong ;;
   *) seconds=$1 ;;
 esac
 [ "$(id -u)" -eq 0 ] || { echo "bpf-stats.sh: needs root" >&2; exit 1; }
@@ -52,8 +57,8 @@ awk '
   !($1 in name) { name[$1] = $2; ns0[$1] = $3; runs0[$1] = $4 }
   { ns[$1] = $3; runs[$1] = $4 }
   END {
-    printf "%-8s %-12s %12s %10s\n", "id", "program", "runs", "ns/run"
     for (id in name) {
+      if (!some) printf "%-8s %-12s %12s %10s\n", "id", "program", "runs", "ns/run"
       n = runs[id] - runs0[id]
       printf "%-8s %-12s %12d %10s\n", id, name[id], n, n ? sprintf("%.0f", (ns[id] - ns0[id]) / n) : "-"
       some = 1

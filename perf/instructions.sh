@@ -12,6 +12,8 @@
 # time; elsewhere --check says so and checks nothing.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
 baseline=$root/perf/instructions.tsv
 few=200 many=1200
 
@@ -20,16 +22,19 @@ for argument in "$@"; do
   case $argument in
     --check) mode=check ;;
     --update) mode=update ;;
-    --help) sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 0 ;;
+    --help | -h) usage; exit 0 ;;
+    -*) echo "$0: unknown option $argument" >&2; usage >&2; exit 2 ;;
     *) cases+=("$argument") ;;
   esac
 done
 
+# The baseline has all cases or is none.
+[ $mode != update ] || [ ${#cases[@]} -eq 0 ] || { echo "$0: --update writes all cases, not ${cases[*]} alone" >&2; exit 2; }
+
 # On a machine where it cannot be, a check is not a failure.
 lacks() {
   [ $mode = check ] && { echo "skipped: instruction counts: $1"; exit 0; }
-  echo "$0: $1" >&2
-  exit 1
+  fail "$1"
 }
 command -v valgrind >/dev/null || lacks "needs valgrind (apt-get install valgrind)"
 [ "$(uname -m)" = x86_64 ] && grep -qw avx2 /proc/cpuinfo || lacks "the baseline is for x86_64 with AVX2"

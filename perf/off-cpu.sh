@@ -8,17 +8,18 @@
 # Needs: perf with the sched tracepoints (linux-perf; tracefs), root. Drawn by inferno, built once into target/tools.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
 
-[ "${1:-}" != --help ] || { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; exit 0; }
+help "$@"
 seconds=${1:-10}
 out=${2:-$root/target/off-cpu.svg}
-pid=${GATEWAY_PID:-$(pidof -s gateway)} || { echo "$0: no gateway runs, and GATEWAY_PID is not set" >&2; exit 1; }
+check_seconds "$seconds"
+find_gateway
 command -v perf >/dev/null || { echo "$0: needs perf (apt-get install linux-perf)" >&2; exit 1; }
 perf record -q -e sched:sched_switch -o /dev/null true 2>/dev/null \
   || { echo "$0: needs the tracepoint sched:sched_switch (root; tracefs under /sys/kernel/tracing)" >&2; exit 1; }
-export PATH=$root/target/tools/bin:$PATH
-command -v inferno-flamegraph >/dev/null \
-  || cargo install -q inferno --version 0.12.8 --locked --no-default-features --features cli,multithreaded,nameattr --root "$root/target/tools"
+need_inferno
 
 data=$(mktemp)
 trap 'rm -f "$data" "$data.old" "$data.folded"' EXIT

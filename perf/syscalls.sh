@@ -9,31 +9,25 @@
 # call here; `perf stat -e 'io_uring:io_uring_submit_req' -p PID` counts the operations.
 set -euo pipefail
 
-seconds=${1:-5}
-pid=${GATEWAY_PID:-$(pidof -s gateway)} || { echo "$0: no gateway runs, and GATEWAY_PID is not set" >&2; exit 1; }
-command -v strace >/dev/null || { echo "$0: needs strace (apt-get install strace)" >&2; exit 1; }
+root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
 
-# The sum of a counter over its labels; empty where the admin address does not answer.
-counter() {
-  local token=()
-  [ -r "${GATEWAY_STATE:-/var/lib/gateway}/admin.token" ] \
-    && token=(-H "Authorization: Bearer $(cat "${GATEWAY_STATE:-/var/lib/gateway}/admin.token")")
-  curl -sf -m 20 "${token[@]}" "http://${GATEWAY_ADMIN:-127.0.0.1:9900}/metrics" 2>/dev/null \
-    | awk -v name="$1" '$1 == name || index($1, name "{") == 1 { sum += $2; seen = 1 } END { if (seen) printf "%.0f", sum }' || true
-}
+help "$@"
+seconds=${1:-5}
+check_seconds "$seconds"
+find_gateway
+command -v strace >/dev/null || fail "needs strace (apt-get install strace)"
 
 out=$(mktemp)
-trap 'rm -f "$out"' EXIT
-before=$(counter gateway_events_relayed_total)
+trap 'rm -f "$out" "$out.told"' EXIT
+start_work
 # SIGINT makes strace let go and print; the process goes on.
-timeout --preserve-status -s INT "$seconds" strace -f -c -U name,calls,errors -p "$pid" -o "$out" 2>/dev/null || true
-after=$(counter gateway_events_relayed_total)
+timeout --preserve-status -s INT "$seconds" strace -f -c -U name,calls,errors -p "$pid" -o "$out" 2>"$out.told" || true
+end_work
+[ -s "$out" ] || fail "strace counted nothing: $(grep -v 'attached$\|detached$' "$out.told" | tail -n 3)"
+[ -d "/proc/$pid" ] || fail "process $pid ended meanwhile"
 
 cat "$out"
 calls=$(awk '$1 == "total" { print $2 }' "$out")
-if [ -n "$before" ] && [ -n "$after" ] && [ "$after" -gt "$before" ]; then
-  awk -v calls="${calls:-0}" -v events=$((after - before)) \
-    'BEGIN { printf "%d calls, %d events: %.3f calls an event\n", calls, events, calls / events }'
-else
-  echo "${calls:-0} calls in $seconds s; calls an event: the admin address does not tell (GATEWAY_ADMIN)"
-fi
+per_work "${calls:-0}" "system calls"

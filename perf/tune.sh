@@ -10,30 +10,41 @@
 # machine does not have, or does not let one change, is named and left.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=perf/lib.sh
+. "$root/perf/lib.sh"
 before=${TUNE_STATE:-/run/gateway-tune}
-
-usage() { sed -nE '2,/^set/ s/^# ?//p' "$0" | head -n -1; }
 
 mode=apply
 case ${1:-} in
   "") ;;
   --dry-run) mode=dry-run ;;
   --undo) mode=undo ;;
-  --help) usage; exit 0 ;;
+  --help | -h) usage; exit 0 ;;
   *) usage >&2; exit 2 ;;
 esac
 
 # What a file under /proc or /sys has: the choice in [brackets] where it lists them all.
 now() { sed -E 's/.*\[(.*)\].*/\1/; s/[[:space:]]+/ /g' "$1"; }
 
-# set_file VALUE REASON FILE...
+# Without leading zeros: CPU masks are printed as wide as the machine is (`00000000,00000001`).
+bare() { sed -E 's/^[0,]+(.)/\1/' <<<"$1"; }
+
+# A mask that has only this CPU, in groups of 32 bits (bitmap_parse, lib/bitmap-str.c of the kernel).
+mask_of() {
+  local mask group
+  printf -v mask '%x' $((1 << ($1 % 32)))
+  for ((group = $1 / 32; group > 0; group--)); do mask+=,00000000; done
+  echo "$mask"
+}
+
+# set_file VALUE REASON FILE...; a pattern that finds nothing comes as it is, and is named.
 set_file() {
   local value=$1 reason=$2 file old
   shift 2
   for file in "$@"; do
     [ -e "$file" ] || { echo "not here: $file ($reason)"; continue; }
     old=$(now "$file")
-    [ "$old" != "$value" ] || continue
+    [ "$(bare "$old")" != "$(bare "$value")" ] || continue
     echo "$file: $old -> $value ($reason)"
     [ $mode = dry-run ] && continue
     if echo "$value" 2>/dev/null > "$file"; then
@@ -53,22 +64,32 @@ set_by() {
   if "$@" 2>/dev/null; then printf '!\t%s\n' "$back" >> "$before"; else echo "refused: $*"; fi
 }
 
+# Puts back what was before. What is refused stays in the file, for another try.
 undo() {
-  local file old
+  local file old left=0
   [ -e "$before" ] || { echo "nothing to undo: no $before"; return; }
+  : > "$before.left"
   # Last change first, so that a file changed twice ends as it was.
-  tac "$before" | while IFS=$'\t' read -r file old; do
+  while IFS=$'\t' read -r file old; do
     if [ "$file" = "!" ]; then
       echo "$old"
       # Split at spaces: a command of this script's own.
       # shellcheck disable=SC2086
-      $old || echo "refused: $old"
-      continue
+      $old && continue
+    else
+      echo "$file: back to $old"
+      echo "$old" 2>/dev/null > "$file" && continue
     fi
-    echo "$file: back to $old"
-    echo "$old" > "$file" || echo "refused: $file"
-  done
-  rm -f "$before"
+    echo "refused: ${old}${file:+ ($file)}"
+    printf '%s\t%s\n' "$file" "$old" >> "$before.left"
+    left=1
+  done < <(tac "$before")
+  # In the order in which it was done, as before.
+  tac "$before.left" > "$before"
+  rm -f "$before.left"
+  [ $left = 1 ] || { rm -f "$before"; return 0; }
+  echo "what was refused is kept in $before" >&2
+  return 1
 }
 
 # The lines of the sysctl file, so that each value stands in one place.
@@ -83,8 +104,13 @@ sysctl_file() {
 processors() {
   set_file performance "clocks that rise only when asked make the first events of a burst slow" \
     /sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor
-  set_file 1 "turbo depends on what the neighbours do: off, figures repeat (costs peak speed)" \
-    /sys/devices/system/cpu/intel_pstate/no_turbo
+  local turbo="turbo depends on what the neighbours do: off, figures repeat (costs peak speed)"
+  if [ -e /sys/devices/system/cpu/intel_pstate/no_turbo ]; then
+    set_file 1 "$turbo" /sys/devices/system/cpu/intel_pstate/no_turbo
+  else
+    # AMD's, and that of acpi-cpufreq.
+    set_file 0 "$turbo" /sys/devices/system/cpu/cpufreq/boost
+  fi
   set_file 0 "the watchdog takes one hardware counter of each core" /proc/sys/kernel/nmi_watchdog
   # Waking from a deep idle state takes longer than relaying an event.
   if [ -e /dev/cpu_dma_latency ]; then
@@ -104,6 +130,7 @@ memory() {
 network() {
   local device queues queue cpu
   for device in /sys/class/net/*/device; do
+    [ -e "$device" ] || { echo "not here: a network card (queues, ring sizes)"; break; }
     device=$(basename "$(dirname "$device")")
     queues=$(find "/sys/class/net/$device/queues" -maxdepth 1 -name 'rx-*' | wc -l)
     [ "$queues" -ge "$(nproc)" ] \
@@ -114,8 +141,8 @@ network() {
     if [ "$queues" -gt 1 ]; then
       cpu=0
       for queue in "/sys/class/net/$device/queues/"tx-*; do
-        set_file "$(printf '%x' $((1 << (cpu % 31))))" "XPS: a core sends by a queue of its own" "$queue/xps_cpus"
-        cpu=$((cpu + 1))
+        set_file "$(mask_of $cpu)" "XPS: a core sends by a queue of its own" "$queue/xps_cpus"
+        cpu=$(((cpu + 1) % $(nproc --all)))
       done
     fi
     ring_sizes "$device"
@@ -150,10 +177,8 @@ profiling() {
 
 [ $mode = dry-run ] || [ "$(id -u)" -eq 0 ] || { echo "$0: needs root (--dry-run does not)" >&2; exit 1; }
 if [ $mode = undo ]; then
-  undo
-  exit 0
+  undo && exit 0 || exit 1
 fi
-shopt -s nullglob
 sysctl_file
 processors
 memory

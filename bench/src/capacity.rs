@@ -86,6 +86,8 @@ pub struct Search {
     pub most: f64,
     /// The answer is as exact as this share of it.
     pub within: f64,
+    /// Measured time of each rate: below one request in it nothing can be told.
+    pub window: Duration,
 }
 
 /// Of the requests that are due so many must have ended, or the server falls behind.
@@ -96,16 +98,29 @@ const STEPS_MAX: usize = 24;
 /// Doubles the rate until it does not hold, then halves what is between. `run` runs one rate and reports.
 ///
 /// # Errors
-/// Those of `run`, and a search that has no room.
+/// Those of `run`, a search that has no room, and a server of which nothing is answered as it is meant to be: that is no
+/// matter of the rate.
 pub fn find(search: &Search, mut run: impl FnMut(f64) -> Result<Report>) -> Result<Capacity> {
     if !(search.from > 0.0 && search.most >= search.from && search.within > 0.0) {
         bail!("the search needs a first rate above 0, a highest one above that, and a precision above 0");
+    }
+    let lowest = 1.0 / search.window.as_secs_f64();
+    if search.from < lowest {
+        bail!(
+            "at {} requests/s none is due in {:?}: a longer window",
+            search.from,
+            search.window
+        );
     }
     let mut steps: Vec<Step> = Vec::new();
     let (mut good, mut bad) = (0.0_f64, f64::INFINITY);
     let mut rate = search.from;
     while steps.len() < STEPS_MAX {
-        let step = judge(search.goal, rate, &run(rate)?);
+        let report = run(rate)?;
+        if let Some(reason) = nothing_worked(&report) {
+            bail!("nothing was answered with 200 at {rate:.1} requests/s: {reason}");
+        }
+        let step = judge(search.goal, rate, &report);
         if step.held {
             good = good.max(rate);
         } else {
@@ -114,7 +129,7 @@ pub fn find(search: &Search, mut run: impl FnMut(f64) -> Result<Report>) -> Resu
         steps.push(step);
         if good >= search.most
             || (bad.is_finite() && bad - good <= search.within * bad)
-            || (good == 0.0 && bad < search.from / 10_000.0)
+            || (good == 0.0 && bad / 2.0 < lowest)
         {
             break;
         }
@@ -129,6 +144,26 @@ pub fn find(search: &Search, mut run: impl FnMut(f64) -> Result<Report>) -> Resu
         rate: (good > 0.0).then_some(good),
         open_above: bad.is_infinite(),
         steps,
+    })
+}
+
+/// Why no answer was what it should be, where none was and overload is not the reason. A server that is only too slow runs
+/// into timeouts or cuts connections, and so has no status here.
+fn nothing_worked(report: &Report) -> Option<String> {
+    if report.ok > 0 || report.status.contains_key(&200) {
+        return None;
+    }
+    let statuses: Vec<String> = report
+        .status
+        .iter()
+        .map(|(status, count)| format!("{count} × {status}"))
+        .collect();
+    if !statuses.is_empty() {
+        return Some(format!("{}; a wrong key, model or path?", statuses.join(", ")));
+    }
+    (report.failures.connect > 0).then(|| {
+        let error = report.first_error.as_deref().unwrap_or("no reason was told");
+        format!("no connection came about: {error}")
     })
 }
 
@@ -216,6 +251,7 @@ mod tests {
             from,
             most,
             within: 0.02,
+            window: Duration::from_secs(5),
         }
     }
 
@@ -240,7 +276,37 @@ mod tests {
         let found = find(&search(10.0, 100.0), failing).unwrap();
         assert_eq!(found.rate, None);
         assert!(found.steps.len() < STEPS_MAX);
+        let lowest = found.steps.last().unwrap().rate;
+        assert!(lowest >= 0.2, "{lowest}/s: not one request in 5 s");
         assert!(find(&search(0.0, 1.0), server(1.0)).is_err());
+        assert!(find(&search(0.1, 1.0), server(1.0)).is_err());
+    }
+
+    #[test]
+    fn a_server_that_refuses_all_is_told_at_once() {
+        let mut runs = 0;
+        let refuses = |rate: f64| {
+            runs += 1;
+            let mut report = server(1e9)(rate)?;
+            report.status.insert(401, 50);
+            Ok(report)
+        };
+        let error = find(&search(10.0, 100.0), refuses).unwrap_err().to_string();
+        assert!(runs == 1 && error.contains("50 × 401"), "{error}");
+        let gone = |rate: f64| {
+            let mut report = server(1e9)(rate)?;
+            (report.failures.connect, report.first_error) = (50, Some("connection refused".to_owned()));
+            Ok(report)
+        };
+        let error = find(&search(10.0, 100.0), gone).unwrap_err().to_string();
+        assert!(error.contains("connection refused"), "{error}");
+        // Too much at first is no reason to give up.
+        let slow = |rate: f64| {
+            let mut report = server(20.0)(rate)?;
+            report.failures.timeout = u64::from(rate > 20.0);
+            Ok(report)
+        };
+        assert!(find(&search(100.0, 200.0), slow).unwrap().rate.is_some());
     }
 
     #[test]

@@ -12,7 +12,7 @@ use gateway_bench::compare;
 use gateway_bench::html;
 use gateway_bench::load::{self, Report};
 use gateway_bench::scenario::Scenario;
-use gateway_bench::soak::{self, Soak};
+use gateway_bench::soak::{self, Sample, Soak};
 use gateway_bench::stand::{Paths, Stand};
 use gateway_bench::sys;
 use gateway_bench::target::{Running, Target};
@@ -252,6 +252,7 @@ impl CapacityArgs {
             from: self.from,
             most: self.most,
             within: self.within / 100.0,
+            window: self.window,
         };
         let found = capacity::find(&search, |rate| {
             eprintln!("-- {rate:.1} requests/s");
@@ -269,18 +270,22 @@ impl CapacityArgs {
 
 /// Run a mix for long and look for what grows: memory and descriptors
 ///
-/// Ends with 0 where every answer was whole and nothing grew, else with 1.
+/// Ends with 0 where every answer was whole, nothing grew and no process ended, else with 1.
 #[derive(clap::Args)]
+#[command(after_help = "Examples:\n  \
+    gateway-bench soak --duration 1h\n  \
+    gateway-bench soak --url http://127.0.0.1:8080 --model llama --real --pid $(pidof -s gateway) --duration 8h --every 10s")]
 pub struct SoakArgs {
     #[command(flatten)]
     loaded: LoadedArgs,
+    /// Time of the load after the scenario's warm-up; memory is judged over its second half
     #[arg(long, short, value_parser = parse_duration, default_value = "10m", value_name = "TIME")]
     duration: Duration,
     /// Time between two looks at the processes
     #[arg(long, value_parser = parse_duration, default_value = "1s", value_name = "TIME")]
     every: Duration,
-    /// How long connections may take to close afterwards
-    #[arg(long, value_parser = parse_duration, default_value = "20s", value_name = "TIME")]
+    /// How long connections may take to close afterwards: longer than the target keeps idle ones (the gateway: 60 s)
+    #[arg(long, value_parser = parse_duration, default_value = "90s", value_name = "TIME")]
     settle: Duration,
 }
 
@@ -291,17 +296,32 @@ impl SoakArgs {
         if pids.is_empty() {
             bail!("a soak watches processes: name them with --pid");
         }
+        if self.every.is_zero() || self.duration < self.every * soak::LOOKS_MIN {
+            bail!(
+                "a soak needs {} looks at the processes: a longer --duration, or --every",
+                soak::LOOKS_MIN
+            );
+        }
+        let before = Sample::read(&pids, 0.0).context("cannot watch the processes")?;
         let over = AtomicBool::new(false);
         let mut options = loaded.options.clone();
         let told = std::io::stderr().is_terminal();
-        let (report, samples) = std::thread::scope(|scope| {
-            let watch = scope.spawn(|| soak::watch(&pids, self.every, &over));
+        let (report, watched) = std::thread::scope(|scope| {
+            let watch = scope.spawn(|| {
+                let watched = soak::watch(&pids, before, self.every, &over);
+                // At once: the load goes on for long.
+                watched
+                    .trouble
+                    .iter()
+                    .for_each(|trouble| eprintln!("-- {trouble}"));
+                watched
+            });
             let report = crate::watch::watched(told, &mut options, |options| loaded.run(options));
             over.store(true, Relaxed);
             (report, watch.join().unwrap_or_default())
         });
         let report = report?;
-        let soak = Soak::judge(samples, Soak::settle(&pids, self.settle));
+        let soak = Soak::judge(watched, Soak::settle(&pids, &before, self.settle));
         print!("{report}{soak}");
         self.loaded
             .write(&serde_json::json!({ "soak": soak, "report": report }))?;

@@ -133,6 +133,53 @@ fn a_soak_tells_memory_and_descriptors() {
 }
 
 #[test]
+fn a_soak_of_a_process_that_is_not_there_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = Command::new("true").spawn().unwrap();
+    child.wait().unwrap();
+    let output = bench(&[
+        "soak",
+        "--url",
+        "http://127.0.0.1:9",
+        "--model",
+        "sim",
+        "--scenario",
+        &scenario(folder.path()).to_string_lossy(),
+        "--pid",
+        &child.id().to_string(),
+    ]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(text(&output).contains("is not there"), "{}", text(&output));
+}
+
+#[test]
+fn a_capacity_of_which_nothing_is_answered_is_an_error() {
+    let folder = tempfile::tempdir().unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    drop(listener);
+    let output = bench(&[
+        "capacity",
+        "--url",
+        &format!("http://{addr}"),
+        "--model",
+        "sim",
+        "--scenario",
+        &scenario(folder.path()).to_string_lossy(),
+        "--p99",
+        "total=1s",
+        "--window",
+        "500ms",
+    ]);
+    assert_eq!(output.status.code(), Some(2), "{}", text(&output));
+    assert!(
+        text(&output).contains("no connection came about"),
+        "{}",
+        text(&output)
+    );
+}
+
+#[test]
 fn wrong_words_are_told() {
     for (arguments, part) in [
         (&["compare", "--targets", "no-such"][..], "no-such"),

@@ -4,10 +4,11 @@
 
 use std::{
     cell::Cell,
-    io::{ErrorKind, Read, Write},
+    env,
+    io::{self, ErrorKind, Read, Write},
     net::{Shutdown, SocketAddr, TcpStream},
     rc::Rc,
-    sync::mpsc,
+    sync::{OnceLock, mpsc},
     thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
@@ -32,11 +33,33 @@ fn engines() -> Vec<Engine> {
     engines
 }
 
-/// SplitMix64: cuts and contents that are the same in every run.
+/// Changes all cuts and contents. Without it they are the same in every run.
+const SEED: &str = "GATEWAY_TEST_SEED";
+
+/// Where the random numbers of this run begin, told once: a failure's output has it.
+fn base() -> u64 {
+    static BASE: OnceLock<u64> = OnceLock::new();
+    *BASE.get_or_init(|| {
+        let base = match env::var(SEED) {
+            Ok(seed) => seed.parse().expect("GATEWAY_TEST_SEED is a number"),
+            Err(_) => 0,
+        };
+        // To standard error itself: the harness keeps what `eprintln!` says from whichever test comes first.
+        let _ = writeln!(io::stderr(), "{SEED}={base}");
+        base
+    })
+}
+
+/// SplitMix64: cuts and contents that are the same in every run with one [`SEED`].
 #[derive(Clone)]
 struct Random(u64);
 
 impl Random {
+    fn new(seed: u64) -> Self {
+        // Far apart, so that neighbouring seeds of two runs have no number in common.
+        Self(seed.wrapping_add(base().wrapping_mul(0xd134_2543_de82_ef95)))
+    }
+
     fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -124,7 +147,7 @@ impl Drop for Server {
 
 /// Sends back what comes, in cuts of its own; drops waits in their middle; reads slowly now and then.
 async fn echo(sock: Rc<Sock>, seed: u64) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut conn = Conn::plain(sock);
     let mut buffer = vec![0; 40_000];
     loop {
@@ -163,7 +186,7 @@ enum Manner {
 }
 
 fn converse(stream: TcpStream, seed: u64, bytes: usize, manner: Manner) {
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let sent = random.bytes(bytes);
     let mut writer = stream.try_clone().expect("a descriptor");
     let (to_send, mut cuts) = (sent.clone(), random.clone());
@@ -249,7 +272,7 @@ fn more_may_come_than_there_are_buffers() {
 fn what_was_written_is_sent_though_the_socket_is_dropped() {
     for engine in engines() {
         let server = Server::start(engine, |sock, number| async move {
-            let bytes = Random(number).bytes(3_000);
+            let bytes = Random::new(number).bytes(3_000);
             // In pieces, so that some wait behind others.
             for piece in bytes.chunks(700) {
                 assert!(matches!(sock.try_write(piece), Ok(Some(n)) if n == piece.len()));
@@ -265,7 +288,7 @@ fn what_was_written_is_sent_though_the_socket_is_dropped() {
             let mut got = Vec::new();
             let mut stream = server.connect();
             stream.read_to_end(&mut got).expect("all of it, and an end");
-            assert_eq!(got, Random(number).bytes(3_000), "connection {number}");
+            assert_eq!(got, Random::new(number).bytes(3_000), "connection {number}");
         }
     }
 }
@@ -369,7 +392,7 @@ fn gathering_delays_but_loses_nothing() {
             .map(|seed| {
                 let mut stream = server.connect();
                 thread::spawn(move || {
-                    let mut random = Random(seed);
+                    let mut random = Random::new(seed);
                     for _ in 0..100 {
                         let sent = random.bytes(220);
                         stream.write_all(&sent).expect("room");
