@@ -231,7 +231,8 @@ impl<'a> Engine<'a> {
             wait = Some(Duration::ZERO);
         }
         // `epoll_wait` counts in milliseconds: a start that is due sooner is waited for awake, but politely.
-        if self.starter.is_open_loop() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < WAIT_STEP_NS) {
+        if self.starter.is_open_loop() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < WAIT_STEP_NS)
+        {
             wait = Some(Duration::ZERO);
             std::thread::yield_now();
         }

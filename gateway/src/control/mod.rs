@@ -364,7 +364,12 @@ async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals)
             deadline = Some(end(state, deadline));
         }
         let moves = state.tick();
-        tick = Instant::now() + if moves || deadline.is_some() { TICK_BUSY } else { TICK };
+        tick = Instant::now()
+            + if moves || deadline.is_some() {
+                TICK_BUSY
+            } else {
+                TICK
+            };
         watchdog.beat(|| state.cores_are_alive(HEARTBEAT_MS_MAX));
         if threads.all_ended() && deadline.is_some() {
             return Ok(());

@@ -79,7 +79,11 @@ mod tests {
         let mut enough = Enough::default();
         (0..10_000).for_each(|_| enough.count());
         assert_eq!(enough.at(COUNT_NS), EVENTS_MAX);
-        assert_eq!(enough.at(COUNT_NS + 1), EVENTS_MAX, "too soon for another estimate");
+        assert_eq!(
+            enough.at(COUNT_NS + 1),
+            EVENTS_MAX,
+            "too soon for another estimate"
+        );
         assert_eq!(enough.at(3 * COUNT_NS), EVENTS_MIN);
         // A clock that stands still or goes back is no harm.
         assert_eq!(enough.at(0), EVENTS_MIN);
