@@ -410,7 +410,14 @@ mod tests {
         assert_eq!(
             names,
             [
-                "direct", "envoy", "gateway", "haproxy", "litellm", "nginx", "portkey"
+                "direct",
+                "envoy",
+                "gateway",
+                "haproxy",
+                "litellm",
+                "nginx",
+                "portkey",
+                "ungathered"
             ]
         );
         for target in targets.values() {

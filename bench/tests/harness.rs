@@ -170,6 +170,9 @@ fn stalls_end_at_the_timeout() {
             },
             "{words}"
         );
+        // Who never answers is in the latencies, with the time that was waited.
+        assert_eq!(report.total.count, 4, "{words}");
+        assert!(report.total.p50_us >= 199_000, "{words}\n{report}");
     }
     // A stalled answer that the peer leaves is an aborted one.
     let stats = eventually(&server, |stats| stats.connections_open == 0);
@@ -187,6 +190,72 @@ fn statuses_are_counted_and_not_failures() {
     }
     let report = run(&options(&server, "sim:colour=red"));
     assert_eq!(report.status.get(&400), Some(&4));
+}
+
+#[test]
+fn refusals_are_failures_where_200_is_wanted() {
+    let server = server();
+    let wanting = |words: &str, expect_status| Options {
+        requests: Some(20),
+        parts: vec![load::Part {
+            expect_status,
+            expect_tokens: None,
+            ..part("/v1/chat/completions", words, "", true)
+        }],
+        ..options(&server, words)
+    };
+    let report = run(&wanting("sim:status=401", Some(200)));
+    assert_eq!((report.ok, report.failures.status), (0, 20), "{report}");
+    let told = report.to_string();
+    assert!(told.contains("nothing was answered with 200"), "{told}");
+    assert!(
+        told.contains("first answer not wanted: 401 {") && told.contains("error"),
+        "{told}"
+    );
+    // Where 401 is wanted it is timed, and nothing is said of it.
+    let report = run(&wanting("sim:status=401", Some(401)));
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.total.count, report.first_refusal), (20, None));
+    // Who refuses does not look fast.
+    let report = run(&wanting("sim:tokens=1,pace=0,first=50ms,rpm=5", None));
+    assert_eq!(
+        (report.ok, report.total.count, report.not_timed),
+        (5, 5, 15),
+        "{report}"
+    );
+    assert!(report.total.p50_us >= 45_000, "{report}");
+}
+
+#[test]
+fn what_the_open_loop_could_not_start_is_told() {
+    let server = server();
+    let report = run(&Options {
+        rate: Some(100.0),
+        requests: None,
+        duration: Some(Duration::from_secs(1)),
+        connections: 2,
+        stream: false,
+        ..options(&server, "sim:first=500ms")
+    });
+    assert_eq!(report.due, 100, "{report}");
+    assert_eq!(report.due, report.requests + report.not_started, "{report}");
+    assert!(report.not_started > 80 && !report.is_sound(), "{report}");
+    assert!(report.to_string().contains("NEVER STARTED"), "{report}");
+    // With connections enough all that was due is sent, the last one too.
+    let report = run(&Options {
+        rate: Some(200.0),
+        requests: None,
+        duration: Some(Duration::from_millis(500)),
+        connections: 100,
+        stream: false,
+        ..options(&server, "sim:first=1ms")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(
+        (report.due, report.ok, report.not_started),
+        (100, 100, 0),
+        "{report}"
+    );
 }
 
 #[test]

@@ -132,6 +132,77 @@ fn a_soak_tells_memory_and_descriptors() {
     assert_eq!(output.status.code(), Some(0), "{told}");
 }
 
+/// A simulated upstream as a process of its own.
+struct Upstream(std::process::Child, String);
+
+impl Upstream {
+    fn start(arguments: &[&str]) -> Self {
+        use std::io::BufRead;
+        let mut child = Command::new(env!("CARGO_BIN_EXE_gateway-bench"))
+            .args(["upstream", "--listen", "127.0.0.1:0"])
+            .args(arguments)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("the program runs");
+        let mut line = String::new();
+        std::io::BufReader::new(child.stdout.take().expect("it is piped"))
+            .read_line(&mut line)
+            .expect("it tells its address");
+        let url = line.trim().rsplit_once("on ").expect("it tells its address").1;
+        Self(child, format!("{url}/v1/chat/completions"))
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn stages_run_as_long_as_they_say() {
+    let upstream = Upstream::start(&["--behaviour", "tokens=1,first=0"]);
+    let output = bench(&[
+        "load",
+        "--url",
+        &upstream.1,
+        "--plain",
+        "--stages",
+        "0-100:400ms,100-100:400ms,100-0:400ms",
+        "--json",
+        "-",
+    ]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let elapsed = report["elapsed_s"].as_f64().unwrap();
+    assert!((1.15..2.0).contains(&elapsed), "{told}");
+    assert_eq!(
+        (&report["due"], &report["ok"]),
+        (&80.into(), &80.into()),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_run_in_which_nothing_worked_says_so() {
+    let upstream = Upstream::start(&["--behaviour", "status=401"]);
+    let load = |further: &[&str]| {
+        let mut arguments = vec!["load", "--url", &upstream.1, "-n", "3"];
+        arguments.extend(further);
+        bench(&arguments)
+    };
+    let output = load(&[]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains("unexpected status: 3") && told.contains("first answer not wanted: 401 {"),
+        "{told}"
+    );
+    assert_eq!(load(&["--any-status"]).status.code(), Some(0));
+}
+
 #[test]
 fn wrong_words_are_told() {
     for (arguments, part) in [
