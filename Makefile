@@ -89,7 +89,7 @@ unit: ## the tests
 	ulimit -Sn "$$(ulimit -Hn)" && $(CARGO) test --workspace --locked
 
 # What passes through the data plane, once more without io_uring. `engine` and `streaming` run on both drivers by themselves.
-EPOLL_TESTS := bodies disconnect failures fairness lifecycle limits limits_cut proxy sdk smuggling tls
+EPOLL_TESTS := bodies disconnect failover failures fairness lifecycle limits limits_cut proxy sdk smuggling tls
 .PHONY: unit-epoll
 unit-epoll: ## the tests of the data plane on its portable driver
 	ulimit -Sn "$$(ulimit -Hn)" && GATEWAY_TEST_DRIVER=epoll $(CARGO) test -p gateway --locked $(addprefix --test ,$(EPOLL_TESTS))

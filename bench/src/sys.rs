@@ -5,6 +5,7 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::Duration;
 
 /// Microseconds of `CLOCK_MONOTONIC`, which is one clock for all processes of a host.
 pub fn monotonic_us() -> u64 {
@@ -47,6 +48,22 @@ pub fn catch_interrupts() -> io::Result<()> {
 /// Whether a signal has asked this process to end.
 pub fn interrupted() -> bool {
     INTERRUPTED.load(Relaxed)
+}
+
+/// Waits until a descriptor can be read, at most `time`, to some 50 µs (`epoll_wait` counts in milliseconds). A signal
+/// ends it too.
+pub fn wait_readable(fd: &impl AsRawFd, time: Duration) {
+    let mut wanted = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let time = libc::timespec {
+        tv_sec: time.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+        tv_nsec: time.subsec_nanos().into(),
+    };
+    // SAFETY: both pointers are to values that live through the call; there is one descriptor.
+    unsafe { libc::ppoll(&mut wanted, 1, &time, std::ptr::null()) };
 }
 
 /// Cores that this process may run on.

@@ -4,8 +4,9 @@
 //! With `REDIS_URL SUBJECTS SECONDS`: CPU time of the control thread, rounds and calls of a host on a real server while
 //! so many subjects are asked for ten times a second each.
 
+mod support;
+
 use std::{
-    net::IpAddr,
     path::Path,
     sync::{
         Arc,
@@ -19,16 +20,11 @@ use anyhow::Context;
 use gateway::{
     config,
     control::cluster::{Cluster, Node},
-    net::{clock, words::Words},
-    quota::{
-        Amounts, Facts, Ids, Policies, Quota,
-        lease::Kind,
-        leases::Directory,
-        reservation::{Ask, admit},
-        state,
-    },
+    net::clock,
+    quota::{lease::Kind, leases::Directory},
 };
 use ipnet::IpNet;
+use support::{Bound, cpu};
 
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -53,72 +49,13 @@ fn admissions() -> anyhow::Result<()> {
 }
 
 fn admission(policies: usize, keys: usize, rounds: usize, leased: bool) -> anyhow::Result<f64> {
-    let kinds = [
-        "tokens: 100000000000",
-        "requests: 100000000000",
-        "output_tokens: 100000000000",
-    ];
-    let windows = ["bucket", "sliding", "calendar"];
-    let mut text = String::from("listeners: [{ address: 127.0.0.1:0 }]\nlimits:\n");
-    // A tenth of the policies count each key apart, at least one, as in admit_cost.
-    let own = policies.div_ceil(10);
-    for n in 0..policies {
-        let per = if n < own { "key" } else { "shared" };
-        let (kind, window) = (kinds[n % 3], windows[n / 3 % 3]);
-        text.push_str(&format!(
-            "  - {{ name: p{n}, per: {per}, {kind}, every: 1mo, window: {window} }}\n"
-        ));
-    }
-    let config = config::parse(&text, "lease_cost", Path::new("/"), &|_| None)?;
-    let policies = Arc::new(Policies::new(&config));
-    let places = (own * keys * 3 / 2).max(1024);
-    let (mut levels, _) = state::restore(Words::in_memory(state::words_for(places)), places, None);
-    if leased {
+    let leases = leased.then(|| {
         let directory = Arc::new(Directory::default());
         // The whole amount at once and for ever: what remains is the path of an admission.
         directory.set_opening(100, u64::MAX / 2);
-        levels.share(directory);
-    }
-    let quota = Arc::new(Quota {
-        levels,
-        ..Quota::default()
+        directory
     });
-    let ids: Vec<Ids> = (0..keys).map(|n| Ids::new(&format!("key-{n}"), "", "")).collect();
-    ids.iter().for_each(|ids| one(&quota, &policies, *ids));
-    let before = cpu("thread-self")?;
-    let mut at = 0;
-    for _ in 0..rounds {
-        at = (at + 7_368_787) % keys;
-        one(&quota, &policies, ids[at]);
-    }
-    Ok((cpu("thread-self")? - before).as_nanos() as f64 / rounds as f64)
-}
-
-fn one(quota: &Arc<Quota>, policies: &Arc<Policies>, ids: Ids) {
-    let facts = Facts {
-        ids,
-        user: "",
-        model: "fast",
-        path: "/v1/chat/completions",
-        client: IpAddr::from([192, 0, 2, 1]),
-        header: &|_| None,
-        own: &[],
-    };
-    let ask = Ask {
-        input: 100,
-        output: 200,
-        output_is_explicit: true,
-        stream: true,
-        rates: None,
-    };
-    let Ok(admission) = admit(quota, policies, &facts, ask) else {
-        panic!("refused");
-    };
-    admission.reservation.settle(Amounts {
-        input: 90,
-        output: 120,
-        nano_usd: 0,
-    });
+    Bound::new(policies, keys, leases)?.measure(rounds)
 }
 
 /// A host that nobody tells of blocks.
@@ -150,9 +87,9 @@ fn rounds(url: &str, subjects: u64, seconds: u64) -> anyhow::Result<()> {
             // Until all levels are known to the store.
             tokio::time::sleep(Duration::from_secs(3)).await;
             let reports = |cluster: &Cluster| cluster.status().json()["reports"].as_u64().unwrap_or(0);
-            let (before, told) = (cpu("thread-self")?, reports(&task));
+            let (before, told) = (cpu()?, reports(&task));
             tokio::time::sleep(Duration::from_secs(seconds)).await;
-            let spent = cpu("thread-self")? - before;
+            let spent = cpu()? - before;
             let told = reports(&task) - told;
             end.store(true, Relaxed);
             Ok((spent, told))
@@ -184,11 +121,4 @@ fn rounds(url: &str, subjects: u64, seconds: u64) -> anyhow::Result<()> {
         told as f64 / seconds as f64
     );
     Ok(())
-}
-
-/// CPU time of a thread so far.
-fn cpu(thread: &str) -> anyhow::Result<Duration> {
-    let text = std::fs::read_to_string(format!("/proc/{thread}/schedstat"))?;
-    let ns = text.split_whitespace().next().unwrap_or("0").parse()?;
-    Ok(Duration::from_nanos(ns))
 }

@@ -5,7 +5,7 @@
 mod hosts;
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gateway::{
     control::cluster::{
@@ -21,6 +21,7 @@ use hosts::{Host, at, exhaust, store};
 use support::{
     eventually,
     redis::{Redis, servers},
+    skipped,
 };
 
 const TIMES: Times = Times {
@@ -258,6 +259,50 @@ fn a_store_whose_clock_was_ahead() {
     }
 }
 
+/// A message that was overtaken on its way leaves the level as it is, also what it would mend on a host's behalf.
+#[test]
+fn a_late_message_changes_nothing() {
+    for binary in servers() {
+        let redis = Redis::start(binary, &[]);
+        let (now_ms, day_ms) = (clock::unix_ms(), 86_400_000);
+        let ahead_ms = now_ms + 400 * day_ms;
+        // What the late one says, what the store has by then. A period that begins and one that a clock ahead began; a
+        // slot and a lease of such a clock are in both.
+        let ends = [(now_ms + 2 * day_ms, now_ms), (now_ms + day_ms, ahead_ms)];
+        with_link(&redis, async |link| {
+            for (id, (said_ms, had_ms)) in (1..).zip(ends) {
+                let period = Kind::Period {
+                    end_unix_ms: said_ms,
+                    length_ms: day_ms,
+                };
+                let last = Report {
+                    seq: 2,
+                    ..report(id, period, 100, "a", 30)
+                };
+                ask(&link, last.clone()).await;
+                let key = format!("{{gateway:{id}}}:level:{id:016x}");
+                let fields = format!(
+                    "p {had_ms} s:{ahead_ms} 5 h:dead \"7 1 20 {} 0\"",
+                    ahead_ms * 1_000
+                );
+                redis.ask(&format!("HSET {key} {fields}")).expect("an answer");
+                let all = || redis.ask(&format!("HGETALL {key}")).expect("an answer");
+                let before = all();
+                let late = Report {
+                    seq: 1,
+                    ..last.clone()
+                };
+                assert!(!ask(&link, late).await.accepted);
+                assert_eq!(all(), before);
+                // One that is not late mends it.
+                assert!(ask(&link, Report { seq: 3, ..last }).await.accepted);
+                assert!(all().contains(&said_ms.to_string()), "{}", all());
+                assert!(!all().contains(&ahead_ms.to_string()), "{}", all());
+            }
+        });
+    }
+}
+
 /// Debt is what was used beyond leases when nothing was left, and nothing else goes along into the next period.
 #[test]
 fn a_lowered_amount_makes_no_debt() {
@@ -381,6 +426,13 @@ fn a_user_with_few_rights() {
             .lines()
             .find(|line| line.starts_with("ACL SETUSER gateway"));
         let made = redis.ask(line.expect("the command")).expect("an answer");
+        if made.starts_with("-ERR unknown command") {
+            skipped(
+                "redis",
+                format!("this {binary} knows no users: it is older than 6"),
+            );
+            continue;
+        }
         assert!(made.starts_with("+OK"), "{made}");
         let settings = at(
             &redis,
@@ -467,29 +519,82 @@ fn a_reader_that_was_left_behind_by_the_log_misses_nothing() {
     }
 }
 
+/// A cluster that goes on without a part.
+fn partial_cluster(binary: &'static str) -> (Vec<Redis>, String) {
+    let nodes = Redis::cluster(binary);
+    for node in &nodes {
+        node.ask("CONFIG SET cluster-require-full-coverage no")
+            .expect("an answer");
+    }
+    let urls: Vec<String> = nodes.iter().map(Redis::url).collect();
+    let line = format!("  cluster: [{}]\n", urls.join(", "));
+    (nodes, line)
+}
+
+/// The node in which hosts say that they are there; levels of others, and of it.
+fn node_of_hosts(nodes: &[Redis]) -> (&Redis, Vec<u64>, Vec<u64>) {
+    let holds = |node: &Redis, key: &str| {
+        let answer = node.ask(&format!("EXISTS {key}")).unwrap_or_default();
+        answer.starts_with(':')
+    };
+    let node = nodes.iter().find(|node| holds(node, "{gateway:hosts}"));
+    let node = node.expect("the node of the hosts");
+    let is_other = |id: &u64| !holds(node, &format!("{{gateway:{id}}}:mark"));
+    let (others, own): (Vec<u64>, Vec<u64>) = (0..16).partition(is_other);
+    assert!(!others.is_empty() && !own.is_empty());
+    (node, others, own)
+}
+
+/// While one of three masters hangs, a hungry level of another one waits for no round.
+#[test]
+fn a_part_that_hangs_delays_no_hungry_level() {
+    for binary in servers() {
+        let (nodes, cluster) = partial_cluster(binary);
+        let lines = "  lease: 10s\n  round: 1s\n  first_share: 0\n  on_store_loss: refuse\n";
+        let host = Host::connected(&store(&format!("{cluster}{lines}")));
+        let (hanging, well, ill) = node_of_hosts(&nodes);
+        let uses = |id| {
+            let admitted = host.uses(id, Kind::Credit, 1_000, 1);
+            if !admitted {
+                // As a gateway does with each refusal.
+                host.cluster.directory().hurry();
+            }
+            admitted
+        };
+        for id in 0..16 {
+            eventually("a lease", || uses(id).then_some(()));
+        }
+        hanging.signal(libc::SIGSTOP);
+        let began = Instant::now();
+        let levels = 60;
+        for n in 0..levels {
+            // Never met before, so the store must answer; and one that asks for the part that hangs.
+            let beyond = 16 * (n + 1);
+            let level = well[n as usize % well.len()] + beyond;
+            let other = ill[n as usize % ill.len()] + beyond;
+            eventually("a lease", || {
+                let _ = uses(other);
+                uses(level).then_some(())
+            });
+        }
+        // A round each would take a minute.
+        assert!(
+            began.elapsed() < Duration::from_secs(levels / 2),
+            "{:?}",
+            began.elapsed()
+        );
+        hanging.signal(libc::SIGCONT);
+    }
+}
+
 /// One of three masters hangs, the one in which hosts say that they are there: levels of the others are leased on.
 #[test]
 fn a_part_that_hangs_holds_up_no_other() {
     for binary in servers() {
-        let nodes = Redis::cluster(binary);
-        for node in &nodes {
-            node.ask("CONFIG SET cluster-require-full-coverage no")
-                .expect("an answer");
-        }
-        let urls: Vec<String> = nodes.iter().map(Redis::url).collect();
-        let host = Host::connected(&store(&format!(
-            "  cluster: [{}]\n  lease: 2s\n  round: 20ms\n  first_share: 0\n  on_store_loss: refuse\n",
-            urls.join(", ")
-        )));
-        let holds = |node: &Redis, key: &str| {
-            let answer = node.ask(&format!("EXISTS {key}")).unwrap_or_default();
-            answer.starts_with(':')
-        };
-        let hanging = nodes.iter().find(|node| holds(node, "{gateway:hosts}"));
-        let hanging = hanging.expect("the node of the hosts");
-        let is_well = |id: &u64| !holds(hanging, &format!("{{gateway:{id}}}:mark"));
-        let (well, ill): (Vec<u64>, Vec<u64>) = (0..16).partition(is_well);
-        assert!(!well.is_empty() && !ill.is_empty());
+        let (nodes, cluster) = partial_cluster(binary);
+        let lines = "  lease: 2s\n  round: 20ms\n  first_share: 0\n  on_store_loss: refuse\n";
+        let host = Host::connected(&store(&format!("{cluster}{lines}")));
+        let (hanging, well, ill) = node_of_hosts(&nodes);
         for id in 0..16 {
             eventually("a lease", || host.uses(id, Kind::Credit, 1_000, 1).then_some(()));
         }

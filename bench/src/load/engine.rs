@@ -17,10 +17,12 @@ use super::tally::Tally;
 use super::{Options, Url};
 use crate::slab::Slab;
 use crate::sys;
-use crate::wheel::{Fired, TICK_NS, Wheel};
+use crate::wheel::{Fired, Wheel};
 
 /// Events that one call of `epoll_wait` may return.
 const EVENTS_MAX: usize = 1024;
+/// What `epoll_wait` counts in.
+pub(super) const WAIT_STEP_NS: u64 = 1_000_000;
 /// Bytes of one read.
 const READ_BYTES: usize = 64 * 1024;
 /// Reads that one connection may do before the others have their turn.
@@ -241,7 +243,8 @@ impl<'a> Engine<'a> {
             wait = Some(Duration::ZERO);
         }
         // `epoll_wait` counts in milliseconds: a start that is due sooner is waited for awake, but politely.
-        if self.starter.is_open_loop() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < TICK_NS) {
+        if self.starter.is_open_loop() && starts_in_ns.is_some_and(|starts_in_ns| starts_in_ns < WAIT_STEP_NS)
+        {
             wait = Some(Duration::ZERO);
             std::thread::yield_now();
         }

@@ -6,7 +6,6 @@ use super::engine::{Engine, nanoseconds};
 use super::part::{Chooser, Plan};
 use super::schedule::{Schedule, Stage};
 use super::trace::Player;
-use crate::wheel::TICK_NS;
 
 /// Connections opened in one turn of the loop: a backlog must not overflow.
 const OPENS_A_TURN: usize = 64;
@@ -246,7 +245,7 @@ impl Engine<'_> {
                 None
             };
             let Some(part) = part else {
-                return (since_ns < self.starter.ramp_ns).then_some(TICK_NS);
+                return (since_ns < self.starter.ramp_ns).then_some(super::engine::WAIT_STEP_NS);
             };
             self.start(part, now_ns);
         }

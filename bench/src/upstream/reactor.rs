@@ -16,6 +16,7 @@ use super::socket::Socket;
 use super::stats::count;
 use crate::random::Random;
 use crate::slab::Slab;
+use crate::sys;
 use crate::wheel::{Fired, Wheel};
 
 /// Events that one call of `epoll_wait` may return.
@@ -80,7 +81,12 @@ impl Reactor {
         let mut fired: Vec<Fired> = Vec::new();
         let mut turns: Vec<usize> = Vec::new();
         while !self.stop.load(Acquire) {
-            match self.poll.poll(&mut events, self.timeout()) {
+            let mut wait = self.timeout();
+            if let Some(time) = wait.filter(|time| !time.is_zero()) {
+                sys::wait_readable(&self.poll, time);
+                wait = Some(Duration::ZERO);
+            }
+            match self.poll.poll(&mut events, wait) {
                 Ok(()) => {}
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error),

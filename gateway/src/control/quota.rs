@@ -80,6 +80,12 @@ fn open_levels(path: &Path, places: usize) -> std::io::Result<Levels> {
             "levels of limits were lost: there is no place for them, or they made no sense"
         );
     }
+    if restored.debts_forgiven {
+        tracing::warn!(
+            "the state of limits is of a gateway that did not note debts: what was used beyond amounts in the periods that \
+             run is not carried into the next"
+        );
+    }
     if old.is_some() {
         let (kept, given_back) = (restored.kept, restored.given_back);
         tracing::info!(kept, given_back, "limits go on where they were");

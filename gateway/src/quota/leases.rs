@@ -175,9 +175,14 @@ impl Directory {
         self.hungry.store(true, Relaxed);
     }
 
+    /// Whether a round is asked for.
+    pub fn is_hurried(&self) -> bool {
+        self.hungry.load(Relaxed)
+    }
+
     /// Whether a round was asked for since the last look. For the control thread.
     pub fn take_hurry(&self) -> bool {
-        self.hungry.load(Relaxed) && self.hungry.swap(false, Relaxed)
+        self.is_hurried() && self.hungry.swap(false, Relaxed)
     }
 
     /// The level of a policy and subject, if it is in use.

@@ -12,7 +12,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use super::{
     levels::{Levels, Shelf},
-    table::{BUCKET_WORDS, BY_WORD, Entry, Table, WHILE_ANY, entries_of, is_worthless},
+    table::{BUCKET_WORDS, BY_WORD, Entry, FOREVER, Table, WHILE_ANY, entries_of, is_worthless},
 };
 use crate::net::{clock, words::Words};
 
@@ -28,6 +28,8 @@ const AT_PLACES: usize = 1;
 const AT_BOOT_ID: usize = 2;
 const AT_BOOT_NS: usize = 3;
 const AT_STEADY_NS: usize = 4;
+/// 1: debt is noted on levels of its own. Files of gateways of before 2026-11-21 have 0.
+const AT_HAS_DEBTS: usize = 5;
 
 /// Places for levels shared by the subjects of a policy that found none of their own: one a policy and period.
 const OVERFLOW_PLACES: usize = 4096;
@@ -48,6 +50,9 @@ pub struct Restored {
     pub given_back: usize,
     /// Levels for which the new file has no place, or that made no sense.
     pub lost: usize,
+    /// It is of a gateway that noted no debts, and has levels of periods: what of them is debt is not known, and they leave
+    /// none to the next period.
+    pub debts_forgiven: bool,
     /// There was an old file, and it was not one of ours.
     pub foreign: bool,
 }
@@ -72,11 +77,15 @@ pub fn restore(words: Words, places: usize, old: Option<&[u64]>) -> (Levels, Res
     ];
     let mut restored = Restored::default();
     match old.map(|old| (old, places_of(old))) {
-        Some((old, Some(old_places))) => take_over(old, old_places, &tables, steady_ns, &mut restored),
+        Some((old, Some(old_places))) => {
+            take_over(old, old_places, &tables, steady_ns, &mut restored);
+            restored.debts_forgiven &= old[AT_HAS_DEBTS] == 0;
+        }
         Some((_, None)) => restored.foreign = true,
         None => {}
     }
     words.all()[AT_PLACES].store(places as u64, Ordering::Relaxed);
+    words.all()[AT_HAS_DEBTS].store(1, Ordering::Relaxed);
     let levels = Levels::new(tables, steady_ns).with_head(words);
     levels.beat();
     (levels, restored)
@@ -141,7 +150,10 @@ fn take_over_one(mut entry: Entry, table: &Table, steady_ns: u64, restored: &mut
         return;
     }
     match table.restore(entry, steady_ns) {
-        Ok(()) => restored.kept += 1,
+        Ok(()) => {
+            restored.kept += 1;
+            restored.debts_forgiven |= !is_bucket && entry.until != FOREVER;
+        }
         Err(_) => restored.lost += 1,
     }
 }
@@ -242,6 +254,37 @@ mod tests {
         let _ = levels.reserve(&query, 1, next);
         // What ran when it died came back: 150 were used, 50 beyond the amount.
         assert_eq!(levels.settled(&query, next), 50);
+    }
+
+    /// What of a level is debt cannot be told without the levels beside it: it is said, and the levels go on.
+    #[test]
+    fn a_file_without_noted_debts_is_told_apart() {
+        let (sliding, bucket) = (Window::Sliding { ns: 1 << 50 }, Window::Bucket { ns: 1 << 50 });
+        let without = |old: &mut Vec<u64>| old[AT_HAS_DEBTS] = 0;
+        let levels = fresh();
+        let use_some = |levels: &Levels, window, id: u64| {
+            let query = Query {
+                note_held: false,
+                ..query(window, id << 40)
+            };
+            levels
+                .reserve(&query, 30, levels.now())
+                .map(|_| ())
+                .expect("room");
+        };
+        use_some(&levels, &bucket, 6);
+        let (levels, restored) = restart(&levels, 1024, without);
+        assert!(
+            !restored.debts_forgiven && restored.kept == 1,
+            "a bucket's level is its debt too"
+        );
+        use_some(&levels, &sliding, 7);
+        let (_, restored) = restart(&levels, 1024, |_| {});
+        assert!(!restored.debts_forgiven);
+        let (levels, restored) = restart(&levels, 1024, without);
+        assert!(restored.debts_forgiven && restored.kept > 0);
+        let (_, restored) = restart(&levels, 1024, |_| {});
+        assert!(!restored.debts_forgiven, "the new file is not of that kind");
     }
 
     #[test]

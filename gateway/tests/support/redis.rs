@@ -47,10 +47,13 @@ impl Redis {
 
     /// As [`Redis::start`], with arguments that name further free ports.
     pub fn start_with(binary: &'static str, arguments: impl Fn() -> Vec<String>) -> Redis {
+        Redis::start_if_it_can(binary, arguments).expect("a server on a free port")
+    }
+
+    /// As [`Redis::start_with`]; `None`: the server ends with these arguments.
+    pub fn start_if_it_can(binary: &'static str, arguments: impl Fn() -> Vec<String>) -> Option<Redis> {
         // Another process may take a free port before the server does.
-        (0..10)
-            .find_map(|_| Redis::try_start(binary, arguments(), free_port()))
-            .expect("a server on a free port")
+        (0..10).find_map(|_| Redis::try_start(binary, arguments(), free_port()))
     }
 
     fn try_start(binary: &'static str, arguments: Vec<String>, port: u16) -> Option<Redis> {

@@ -29,6 +29,10 @@ pub(super) struct Calls {
     /// Parts whose last call was answered, and those whose was not.
     well: HashSet<u64>,
     ill: HashSet<u64>,
+    /// Busy parts whose levels would have asked for more.
+    awaited: HashSet<u64>,
+    /// One of them has answered since.
+    hurry: bool,
     /// The mark that each part had.
     marks: HashMap<u64, u64>,
 }
@@ -70,6 +74,21 @@ impl Calls {
     /// Whether a part owes an answer.
     pub fn is_busy(&self, part: u64) -> bool {
         self.busy.contains_key(&part)
+    }
+
+    /// Whether any answer is owed.
+    pub fn is_any_running(&self) -> bool {
+        !self.running.is_empty()
+    }
+
+    /// Notes that a level of a busy part wants more: the part is to be asked again when it has answered.
+    pub fn wait_for(&mut self, part: u64) {
+        self.awaited.insert(part);
+    }
+
+    /// Whether a part has answered that a level waited for, since the last look.
+    pub fn take_hurry(&mut self) -> bool {
+        std::mem::take(&mut self.hurry)
     }
 
     /// Whether the last call to a part was not answered.
@@ -156,6 +175,8 @@ impl Calls {
             *calls -= 1;
             if *calls == 0 {
                 self.busy.remove(&part);
+                // One that does not answer is asked with the next round: it must not be asked all the while.
+                self.hurry |= self.awaited.remove(&part) && is_answered;
             }
         }
         let (into, from) = match is_answered {

@@ -45,7 +45,7 @@ local function report(key, at)
   local raw = redis.call('HGETALL', key)
   local used, seen, ends, birth = 0, now, 0, now
   local over, noted = 0, 0
-  local slots, me, hosts, others, gone = {}, nil, 1, 0, {}
+  local slots, me, hosts, others, gone, mended = {}, nil, 1, 0, {}, {}
   local slot = math.floor(now * SLOTS / math.max(window, 1))
   for i = 1, #raw, 2 do
     local field, value = raw[i], raw[i + 1]
@@ -75,7 +75,7 @@ local function report(key, at)
       else
         if e > now + LEASE_LONGEST then
           e = now + lease_us
-          redis.call('HSET', key, field, table.concat({ s, c, o, whole(e), d }, ' '))
+          mended[field] = table.concat({ s, c, o, whole(e), d }, ' ')
         end
         if e > now then hosts, others = hosts + 1, others + tonumber(o) end
         -- What a bucket's host held when it fell silent may come back until time has given all of it back.
@@ -84,6 +84,11 @@ local function report(key, at)
       end
     end
   end
+
+  -- A message from before the last one changes nothing; the host does not look at the answer.
+  if me and seq < me.seq then return { 0, 0, 0, 0, hosts, 0, 0, birth } end
+
+  for field, value in pairs(mended) do redis.call('HSET', key, field, value) end
 
   -- What time has given back. A clock that went back gives nothing.
   if kind == 'b' then
@@ -111,9 +116,6 @@ local function report(key, at)
     ends = window
     redis.call('HSET', key, 'p', whole(ends))
   end
-
-  -- A message from before the last one changes nothing; the host does not look at the answer.
-  if me and seq < me.seq then return { 0, 0, 0, 0, hosts, 0, 0, birth } end
 
   local before = from_start
   if me then before = me.spent elseif birth == birth_known then before = math.max(from_start, from_known) end

@@ -111,6 +111,17 @@ impl Level {
         if self.birth == 0 {
             self.birth = now_us;
         }
+        if let Some(me) = self.hosts.get(&report.host)
+            && report.seq < me.seq
+        {
+            let is_another =
+                |(name, host): &(&String, &Record)| **name != report.host && host.expiry_us > now_us;
+            return Answer {
+                hosts: 1 + self.hosts.iter().filter(is_another).count() as u64,
+                birth: self.birth,
+                ..Answer::default()
+            };
+        }
         let me = self.hosts.remove(&report.host);
         self.hosts
             .retain(|_, host| host.expiry_us + times.keep_us >= now_us);
@@ -123,16 +134,6 @@ impl Level {
         let hosts = 1 + alive().count() as u64;
         let others: u64 = alive().map(|host| host.out).sum();
         self.age(report, now_us);
-        if let Some(me) = &me
-            && report.seq < me.seq
-        {
-            self.hosts.insert(report.host.clone(), me.clone());
-            return Answer {
-                hosts,
-                birth: self.birth,
-                ..Answer::default()
-            };
-        }
         let more = self.count(report, me.as_ref(), now_us);
         self.note_overuse(report, me.as_ref(), more, others, now_us);
 

@@ -68,7 +68,9 @@ struct Sum {
     reports: u64,
     granted: u64,
     silent: u64,
-    /// A report said that a request could not run without more.
+    /// Reports that tell whether asking again at once makes sense: those of a part that hangs do not.
+    telling: u64,
+    /// One of them said that a request could not run without more.
     needed: bool,
 }
 
@@ -95,7 +97,7 @@ pub(super) async fn run(cluster: Arc<Cluster>, mut stopped: watch::Receiver<bool
     loop {
         tokio::select! {
             _ = ticks.tick() => {
-                let hungry = rounds.cluster.directory.take_hurry();
+                let hungry = rounds.cluster.directory.take_hurry() | rounds.calls.take_hurry();
                 if hungry && rounds.eager || Instant::now() >= due {
                     due = Instant::now() + rounds.cluster.settings.round.0;
                     rounds.round().await;
@@ -248,6 +250,9 @@ impl Rounds {
             }
             let part = link.part(tracker.level.id());
             if self.calls.is_busy(part) {
+                if tracker.level.is_hungry() {
+                    self.calls.wait_for(part);
+                }
                 continue;
             }
             let report = tracker.report(now);
@@ -268,18 +273,22 @@ impl Rounds {
         }
     }
 
-    /// Takes what the store answers within a round; what takes longer is taken by a later one.
+    /// Takes what the store answers within a round; what takes longer is taken by a later one. Only while a part is slow and a
+    /// level of another is hungry the next round comes before.
     ///
     /// # Errors
     /// The store does not answer.
     async fn listen(&mut self, link: &Link) -> anyhow::Result<()> {
         let until = Instant::now() + self.cluster.settings.round.0;
         let mut sum = Sum::default();
-        while let Some(done) = self
-            .calls
-            .ended(until.saturating_duration_since(Instant::now()))
-            .await
-        {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let Some(done) = self.calls.ended(left.min(HURRY_EVERY)).await else {
+                if left.is_zero() || !self.calls.is_any_running() || self.may_ask_others(link) {
+                    break;
+                }
+                continue;
+            };
             let result = match done {
                 Done::Presence(Ok(presence)) => {
                     self.hosts = presence.hosts;
@@ -294,23 +303,42 @@ impl Rounds {
             {
                 return Err(error);
             }
-        }
-        if sum.reports > 0 {
-            self.eager = sum.granted > 0 || !sum.needed;
+            if sum.telling > 0 {
+                self.eager = sum.granted > 0 || !sum.needed;
+            }
         }
         self.cluster.lock().reported(sum.reports, sum.granted, sum.silent);
         Ok(())
     }
 
+    /// Whether a level is hungry whose part owes no answer, while others do. It looks at all levels, at most every
+    /// [`HURRY_EVERY`]: about a millisecond where there are as many as there may be.
+    fn may_ask_others(&self, link: &Link) -> bool {
+        let directory = &self.cluster.directory;
+        if !link.has_parts() || !self.eager || !directory.is_hurried() {
+            return false;
+        }
+        let mut found = false;
+        directory.each(|level| {
+            found = found || level.is_hungry() && !self.calls.is_busy(link.part(level.id()));
+        });
+        found
+    }
+
     /// Takes one call's answers.
     fn take(&mut self, link: &Link, call: Call, sum: &mut Sum) -> anyhow::Result<()> {
         let now = self.now();
-        sum.reports += call.reports.len() as u64;
-        sum.needed |= call.reports.iter().any(|report| report.needed > 0);
+        let reports = call.reports.len() as u64;
+        sum.reports += reports;
+        let round_ns = self.cluster.settings.round.0.as_nanos() as u64;
+        if call.heard.is_ok() || now.ns.saturating_sub(call.sent_ns) < round_ns {
+            sum.telling += reports;
+            sum.needed |= call.reports.iter().any(|report| report.needed > 0);
+        }
         let heard = match call.heard {
             Ok(heard) => heard,
             Err(error) => {
-                sum.silent += call.reports.len() as u64;
+                sum.silent += reports;
                 return Err(error);
             }
         };

@@ -22,7 +22,9 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a deleted document's name is kept for other hosts that have not heard of it.
 const TOMBSTONE_MS: u64 = 30 * 86_400_000;
 
-/// Greatest stamp that is taken from another host, milliseconds: no clock shows it, and changes after it still have room.
+/// Greatest stamp that is taken from another host, milliseconds: no clock shows a later one. A change that is made here of a
+/// document with that very stamp has the next one, for which SQLite's integers have room; it stands on this host, and the
+/// others refuse it.
 const STAMP_MS_MAX: u64 = 1 << 62;
 
 /// Each step takes the tables from one version, `PRAGMA user_version`, to the next. Steps are never changed.

@@ -6,6 +6,7 @@
 
 mod buffers;
 mod chain;
+mod enough;
 mod epoll;
 mod ring;
 mod slot;

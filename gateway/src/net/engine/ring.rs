@@ -18,6 +18,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use super::{
     buffers::{BUFFERS, Buffers},
     chain::Links,
+    enough::Enough,
     slot::{Receiving, Slot},
     spare::Spare,
 };
@@ -69,6 +70,8 @@ pub struct Ring {
     receives: usize,
     /// Bytes received since the last wait began.
     received_bytes: usize,
+    /// How many events end a gathering wait.
+    enough: Enough,
     /// The buffers' memory is to be given back at the turn's end.
     releases: bool,
     spare: Spare,
@@ -114,6 +117,7 @@ impl Ring {
             closing: 0,
             receives: 0,
             received_bytes: 0,
+            enough: Enough::default(),
             releases: false,
             swept_ns: 0,
             spare: Spare::default(),

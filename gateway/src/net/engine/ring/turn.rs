@@ -13,9 +13,6 @@ use crate::net::{
     },
 };
 
-/// Events for which a gathering wait ends early: more would not be cheaper, and the buffers must suffice for them.
-const GATHER_EVENTS: u32 = 128;
-
 /// Bytes received in a turn from which on the next wait gathers nothing: somebody sends as fast as it goes, who would wait for
 /// each turn. Streamed events of a turn are some kilobytes.
 const GATHER_BYTES_MAX: usize = 64 * 1024;
@@ -179,7 +176,7 @@ impl Ring {
             .nsec(time.subsec_nanos());
         let (mut events, mut min_wait) = (u32::from(!time.is_zero()), Duration::ZERO);
         if events > 0 && self.can_gather && !gather.is_zero() {
-            (events, min_wait) = (GATHER_EVENTS, gather);
+            (events, min_wait) = (self.enough.at(clock::turn_ns()), gather);
         }
         let argument = WaitArgument {
             sigmask: 0,
@@ -239,6 +236,7 @@ impl Ring {
         let slot = &mut self.slots[index as usize];
         let ended = !cqueue::more(flags);
         self.receives += 1;
+        self.enough.count();
         if let Some(number) = cqueue::buffer_select(flags) {
             if result > 0 && !slot.closing {
                 self.links.push(&mut slot.received, number, result as u32);
