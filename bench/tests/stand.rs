@@ -204,6 +204,91 @@ fn a_run_in_which_nothing_worked_says_so() {
 }
 
 #[test]
+fn a_port_that_another_simulator_has_is_not_shared() {
+    let first = Upstream::start(&["--threads", "2"]);
+    let address = first.1.trim_start_matches("http://").split('/').next().unwrap();
+    for threads in ["1", "2"] {
+        let output = bench(&["upstream", "--listen", address, "--threads", threads]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output).contains("in use"), "{}", text(&output));
+    }
+}
+
+#[test]
+fn an_interrupted_run_reports_what_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("report.json");
+    let upstream = Upstream::start(&["--behaviour", "tokens=2,first=0,pace=1ms"]);
+    let load = Command::new(env!("CARGO_BIN_EXE_gateway-bench"))
+        .args([
+            "load",
+            "--url",
+            &upstream.1,
+            "--duration",
+            "60s",
+            "--progress",
+            "--json",
+        ])
+        .arg(&json)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It tells how it goes once a second: by then it listens to signals.
+    let mut load = load;
+    let mut told = std::io::BufReader::new(load.stderr.take().unwrap());
+    std::io::BufRead::read_line(&mut told, &mut String::new()).unwrap();
+    let killed = Command::new("kill")
+        .args(["-INT", &load.id().to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    // Who reads nothing more must not hold it up.
+    std::io::copy(&mut told, &mut std::io::sink()).unwrap();
+    let output = load.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output));
+    assert!(text(&output).contains("INTERRUPTED"), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert!(report["ok"].as_u64().unwrap() > 0 && report["interrupted"] == true);
+}
+
+#[test]
+fn a_scenario_says_how_it_is_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, html) = (folder.path().join("a.json"), folder.path().join("a.html"));
+    let upstream = Upstream::start(&[]);
+    let path = scenario(folder.path());
+    let mut arguments = vec![
+        "load",
+        "--url",
+        &upstream.1,
+        "--key",
+        "sk-secret",
+        "--max-tokens",
+        "3",
+    ];
+    let (path, json_path, html_path) = (
+        path.to_string_lossy(),
+        json.to_string_lossy(),
+        html.to_string_lossy(),
+    );
+    arguments.extend(["--scenario", &path, "--json", &json_path, "--html", &html_path]);
+    let output = bench(&arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    // The file's four connections and its window, the option's tokens.
+    assert_eq!(report["connections_opened"], 4, "{}", text(&output));
+    assert!((0.25..0.6).contains(&report["elapsed_s"].as_f64().unwrap()));
+    assert_eq!(
+        report["tokens"].as_u64().unwrap(),
+        3 * report["ok"].as_u64().unwrap()
+    );
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.contains("--key …") && !page.contains("sk-secret"));
+    arguments.push("--plain");
+    assert_eq!(bench(&arguments).status.code(), Some(2));
+}
+
+#[test]
 fn wrong_words_are_told() {
     for (arguments, part) in [
         (&["compare", "--targets", "no-such"][..], "no-such"),
@@ -211,6 +296,21 @@ fn wrong_words_are_told() {
         (&["load", "--stages", "5"], "FROM-TO:TIME"),
         (&["load", "--trace", "/no/such/file"], "/no/such/file"),
         (&["upstream", "--behaviour", "colour=red"], "colour=red"),
+        (&["load", "--html", "/no/such/page"], "/no/such/page"),
+        (&["load", "--keys", "/dev/null"], "no key"),
+        (&["load", "--pid", "4194305"], "4194305"),
+        (&["load", "--system-calls"], "--pid"),
+        (&["load", "--trace", "x", "--speed", "0"], "above 0"),
+        (
+            &[
+                "load",
+                "--url",
+                "http://h/models/a:generateContent",
+                "--model",
+                "b",
+            ],
+            "names the model a",
+        ),
     ] {
         let output = bench(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");

@@ -143,6 +143,9 @@ impl Report {
     }
 
     fn write_latencies(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.ttft.count + self.total.count == 0 {
+            return Ok(());
+        }
         writeln!(
             out,
             "{:<12}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}  (ms)",
