@@ -33,15 +33,17 @@ const milliseconds = (micros) => (micros === null || micros === undefined ? null
 
 function ticks(low, high, log) {
   if (log) {
-    const marks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
-      for (const step of high / low > 300 ? [1] : [1, 2, 5]) {
-        const mark = step * 10 ** power;
-        if (mark >= low * 0.999 && mark <= high * 1.001) marks.push(mark);
+    for (const steps of high / low > 300 ? [[1], [1, 2, 5]] : [[1, 2, 5]]) {
+      const marks = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+        for (const step of steps) {
+          const mark = step * 10 ** power;
+          if (mark >= low * 0.999 && mark <= high * 1.001) marks.push(mark);
+        }
       }
+      if (marks.length > 2) return marks;
     }
     // Over a narrow range too few of them fall, and even steps can be read as well.
-    if (marks.length > 2) return marks;
   }
   const raw = (high - low) / 4 || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
