@@ -589,6 +589,60 @@ fn a_provider_keeps_its_limits() {
     assert_eq!((report.ok, report.status.get(&429)), (5, Some(&15)), "{report}");
 }
 
+/// The answer to one request, whole.
+fn answer(server: &Server, line: &str, body: &str) -> String {
+    let mut socket = TcpStream::connect(server.addr()).unwrap();
+    let request = format!(
+        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    socket.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn providers_tell_their_limits_and_models_in_their_own_ways() {
+    let server = server();
+    server.set_model("m", "tokens=1,pace=0,first=0,rpm=1").unwrap();
+    server.set_model("g", "tokens=1,pace=0,first=0,rpm=1").unwrap();
+    let messages = || {
+        let body = "{\"model\":\"m\",\"max_tokens\":9,\"messages\":[]}";
+        answer(&server, "POST /v1/messages", body)
+    };
+    messages();
+    let refused = messages();
+    assert!(
+        refused.starts_with("HTTP/1.1 429") && refused.contains("rate_limit_error"),
+        "{refused}"
+    );
+    let reset = refused
+        .lines()
+        .find_map(|line| line.strip_prefix("anthropic-ratelimit-requests-reset: "))
+        .expect("it tells when");
+    assert!(reset.len() == 20 && reset.ends_with('Z'), "{reset}");
+    let gemini = || {
+        answer(
+            &server,
+            "POST /v1beta/models/g:generateContent",
+            "{\"contents\":[]}",
+        )
+    };
+    gemini();
+    let refused = gemini();
+    assert!(
+        refused.starts_with("HTTP/1.1 429") && refused.contains("google.rpc.RetryInfo"),
+        "{refused}"
+    );
+    let models = answer(&server, "GET /v1/models", "");
+    let listed: Vec<usize> = ["\"sim\"", "\"g\"", "\"m\""]
+        .iter()
+        .map(|name| models.find(name).expect("it is listed"))
+        .collect();
+    assert!(listed.is_sorted(), "{models}");
+}
+
 #[test]
 fn a_cached_prefix_answers_sooner() {
     let server = server();
