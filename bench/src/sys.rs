@@ -51,8 +51,8 @@ pub fn interrupted() -> bool {
 }
 
 /// Waits until a descriptor can be read, at most `time`, to some 50 µs (`epoll_wait` counts in milliseconds). A signal
-/// ends it too.
-pub fn wait_readable(fd: &impl AsRawFd, time: Duration) {
+/// ends it too. Tells whether it can be read.
+pub fn wait_readable(fd: &impl AsRawFd, time: Duration) -> bool {
     let mut wanted = libc::pollfd {
         fd: fd.as_raw_fd(),
         events: libc::POLLIN,
@@ -63,7 +63,7 @@ pub fn wait_readable(fd: &impl AsRawFd, time: Duration) {
         tv_nsec: time.subsec_nanos().into(),
     };
     // SAFETY: both pointers are to values that live through the call; there is one descriptor.
-    unsafe { libc::ppoll(&mut wanted, 1, &time, std::ptr::null()) };
+    unsafe { libc::ppoll(&mut wanted, 1, &time, std::ptr::null()) > 0 }
 }
 
 /// Cores that this process may run on.

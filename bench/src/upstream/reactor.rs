@@ -81,15 +81,17 @@ impl Reactor {
         let mut fired: Vec<Fired> = Vec::new();
         let mut turns: Vec<usize> = Vec::new();
         while !self.stop.load(Acquire) {
-            let mut wait = self.timeout();
-            if let Some(time) = wait.filter(|time| !time.is_zero()) {
-                sys::wait_readable(&self.poll, time);
-                wait = Some(Duration::ZERO);
-            }
-            match self.poll.poll(&mut events, wait) {
-                Ok(()) => {}
-                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
+            let wait = self.timeout();
+            let timed = wait.filter(|time| !time.is_zero());
+            if timed.is_some_and(|time| !sys::wait_readable(&self.poll, time)) {
+                // Mostly only timers have come due.
+                events.clear();
+            } else {
+                match self.poll.poll(&mut events, timed.map_or(wait, |_| Some(Duration::ZERO))) {
+                    Ok(()) => {}
+                    Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                    Err(error) => return Err(error),
+                }
             }
             std::mem::swap(&mut turns, &mut self.turns);
             for index in turns.drain(..) {

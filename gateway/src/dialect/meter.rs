@@ -53,11 +53,15 @@ pub struct Meter {
     joined: Vec<u8>,
     /// The bound of a stream that has one; boxed, as most have none.
     bound: Option<Box<Bound>>,
-    /// Text of the answer, for who counts its tokens; kept where [`Meter::keep_text`] was called.
-    text: Vec<u8>,
-    keeps_text: bool,
+    /// A sample of the answer's text, for who counts its tokens; `None` unless [`Meter::keep_text`] was called. Boxed, as
+    /// the bound is.
+    text: Option<Box<Text>>,
     pub seen: Seen,
 }
+
+/// See [`Meter::text`].
+#[derive(Default)]
+struct Text(Vec<u8>);
 
 /// How far a stream may go.
 struct Bound {
@@ -70,8 +74,32 @@ struct Bound {
     calibration: Arc<Calibration>,
     /// The stream has come to its end; what follows is not passed on.
     exhausted: bool,
-    /// The first event's data, for an end in the stream's own name.
+    /// Of the first event's data what an end in the stream's own name needs.
     opening: Vec<u8>,
+}
+
+/// What is kept of the first event: a chunk's fields in front of its choices, where its model is among them (of all servers
+/// known the last of those that tell who speaks); otherwise all of it.
+fn opening_of(api: Api, data: &[u8]) -> Vec<u8> {
+    static MODEL: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"model\""));
+    let names = || {
+        let before = data[..memchr::memchr(b'[', data)?].trim_ascii_end();
+        let before = before.strip_suffix(b":")?.trim_ascii_end();
+        let fields = before.strip_suffix(b"\"choices\"")?.trim_ascii_end();
+        let fields = fields.strip_suffix(b",")?;
+        // All of them the event's own: none is an object.
+        let is_flat = fields.first() == Some(&b'{') && memchr::memchr(b'{', &fields[1..]).is_none();
+        (is_flat && MODEL.find(fields).is_some()).then_some(fields)
+    };
+    match names().filter(|_| api != Api::Responses) {
+        Some(fields) => {
+            let mut opening = Vec::with_capacity(fields.len() + 1);
+            opening.extend_from_slice(fields);
+            opening.push(b'}');
+            opening
+        }
+        None => data.to_vec(),
+    }
 }
 
 /// Longest first event that is kept, bytes; `response.created` repeats instructions and tools.
@@ -176,8 +204,7 @@ impl Meter {
             was_hidden: false,
             joined: Vec::new(),
             bound: None,
-            text: Vec::new(),
-            keeps_text: false,
+            text: None,
             seen: Seen::default(),
         }
     }
@@ -196,12 +223,12 @@ impl Meter {
 
     /// Keeps a sample of the answer's text, at most [`TEXT_SAMPLE_BYTES`].
     pub fn keep_text(&mut self) {
-        self.keeps_text = true;
+        self.text = Some(Box::default());
     }
 
     /// The sample, as JSON has it.
     pub fn text(&self) -> &[u8] {
-        &self.text
+        self.text.as_ref().map_or(&[], |text| &text.0)
     }
 
     /// Whether the stream has come to its bound.
@@ -209,7 +236,7 @@ impl Meter {
         self.bound.as_ref().is_some_and(|bound| bound.exhausted)
     }
 
-    /// The data of a bounded stream's first event.
+    /// The data of a bounded stream's first event; of a chunk that has its names in front of its choices only these.
     pub fn opening(&self) -> &[u8] {
         self.bound.as_ref().map_or(&[], |bound| &bound.opening)
     }
@@ -418,7 +445,7 @@ impl Meter {
             && event.len() <= OPENING_BYTES_MAX
             && let Some(data) = sse::data(event).payload(&mut self.joined)
         {
-            bound.opening.extend_from_slice(data);
+            bound.opening = opening_of(self.api, data);
         }
         if usage && usage::may_have_usage(event) && self.look_for_usage(event) {
             return false;
@@ -503,7 +530,9 @@ impl Meter {
         let (mut bytes, text) = (0, &mut self.text);
         texts(self.api, event, &mut |part| {
             bytes += part.len();
-            if self.keeps_text && text.len() < TEXT_SAMPLE_BYTES {
+            if let Some(Text(text)) = text.as_deref_mut()
+                && text.len() < TEXT_SAMPLE_BYTES
+            {
                 // At once for all, so that no later event allocates.
                 text.reserve_exact(TEXT_SAMPLE_BYTES - text.len());
                 tokens::keep(text, part);
@@ -705,6 +734,30 @@ mod tests {
                 assert!(meter.opening().starts_with(b"{\"choices\""));
             }
         }
+    }
+
+    #[test]
+    fn of_the_first_event_only_what_names_the_stream_is_kept() {
+        let chat = Api::ChatCompletions;
+        let chunk =
+            br#"{"id":"c","created":1, "model" : "m" , "choices" : [{"index":0,"delta":{}}],"usage":null}"#;
+        assert_eq!(
+            opening_of(chat, chunk),
+            br#"{"id":"c","created":1, "model" : "m" }"#
+        );
+        let whole: [&[u8]; 7] = [
+            br#"{"choices":[],"id":"c","model":"m"}"#,
+            br#"{"id":"c","choices":[],"model":"m"}"#,
+            br#"{"model":"a[b","choices":[]}"#,
+            br#"{"model":"m","inner":{"a":1,"choices":[]}}"#,
+            br#"{"model":"m","error":[]}"#,
+            b"[DONE]",
+            b"\"choices\":[",
+        ];
+        for data in whole {
+            assert_eq!(opening_of(chat, data), data);
+        }
+        assert_eq!(opening_of(Api::Responses, chunk), chunk);
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub struct Signal {
 struct Inner {
     level: Cell<u64>,
     waiting: RefCell<Vec<Option<Waker>>>,
-    free: RefCell<Vec<usize>>,
+    free: RefCell<Vec<u32>>,
 }
 
 impl Signal {
@@ -57,7 +57,7 @@ impl Signal {
         Reached {
             inner: self.inner.clone(),
             level,
-            slot: None,
+            slot: NOWHERE,
         }
     }
 }
@@ -66,8 +66,12 @@ impl Signal {
 pub struct Reached {
     inner: Rc<Inner>,
     level: u64,
-    slot: Option<usize>,
+    /// [`NOWHERE`] before the first poll.
+    slot: u32,
 }
+
+/// No slot. A stream has several of these waits, and an `Option<usize>` would make each eight bytes larger.
+const NOWHERE: u32 = u32::MAX;
 
 impl Future for Reached {
     type Output = ();
@@ -77,23 +81,20 @@ impl Future for Reached {
             return Poll::Ready(());
         }
         let slot = match self.slot {
-            Some(slot) => slot,
-            None => {
+            NOWHERE => {
                 let slot = self.inner.free.borrow_mut().pop().unwrap_or_else(|| {
                     let mut waiting = self.inner.waiting.borrow_mut();
                     waiting.push(None);
-                    waiting.len() - 1
+                    (waiting.len() - 1) as u32
                 });
-                self.slot = Some(slot);
+                self.slot = slot;
                 slot
             }
+            slot => slot,
         };
-        let mut waiting = self.inner.waiting.borrow_mut();
-        if !waiting[slot]
-            .as_ref()
-            .is_some_and(|waker| waker.will_wake(cx.waker()))
-        {
-            waiting[slot] = Some(cx.waker().clone());
+        let waiting = &mut self.inner.waiting.borrow_mut()[slot as usize];
+        if !waiting.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
+            *waiting = Some(cx.waker().clone());
         }
         Poll::Pending
     }
@@ -101,9 +102,9 @@ impl Future for Reached {
 
 impl Drop for Reached {
     fn drop(&mut self) {
-        if let Some(slot) = self.slot {
-            self.inner.waiting.borrow_mut()[slot] = None;
-            self.inner.free.borrow_mut().push(slot);
+        if self.slot != NOWHERE {
+            self.inner.waiting.borrow_mut()[self.slot as usize] = None;
+            self.inner.free.borrow_mut().push(self.slot);
         }
     }
 }

@@ -104,7 +104,7 @@ pub struct Reservation {
     ask: Ask,
     holds: Vec<Hold>,
     /// Holds that were made at the admission, before those of the chosen provider.
-    admitted: usize,
+    admitted: u32,
     /// Policies that are asked when a target is chosen.
     of_providers: Vec<u32>,
     /// The request has been sent to the provider that was chosen last.
@@ -185,7 +185,7 @@ pub fn admit(
         let id = budget.rule.id;
         reservation.hold(policies, Source::Budget(budget), id, now)?;
     }
-    reservation.admitted = reservation.holds.len();
+    reservation.admitted = reservation.holds.len() as u32;
     Ok(Admission { reservation, report })
 }
 
@@ -225,6 +225,10 @@ impl Reservation {
             self.output_allowed = self.output_allowed.min(self.output_for(rule.unit, asked));
         }
         let root = self.holds.len();
+        // Most requests have one or two, which are held for as long as a stream runs; a vector's first place would be four.
+        if root < 2 {
+            self.holds.reserve_exact(1);
+        }
         self.holds.push(Hold {
             source,
             id,
@@ -292,7 +296,7 @@ impl Reservation {
         if std::mem::take(&mut self.sent) {
             self.keep_requests();
         }
-        self.release_from(self.admitted, now);
+        self.release_from(self.admitted(), now);
         self.output_allowed = self.holds.iter().fold(u64::MAX, |least, hold| {
             let rule = hold.source.rule(&self.policies);
             let bounds = rule.hard && rule.unit.grows();
@@ -308,7 +312,7 @@ impl Reservation {
             }
             let id = policy.level_id(&self.subjects, provider);
             if let Err(denied) = self.hold(&policies, Source::Policy(place), id, now) {
-                self.release_from(self.admitted, now);
+                self.release_from(self.admitted(), now);
                 return Err(denied);
             }
         }
@@ -325,9 +329,14 @@ impl Reservation {
         self.sent = false;
     }
 
+    fn admitted(&self) -> usize {
+        self.admitted as usize
+    }
+
     /// Lets stand what limits of requests have counted for the provider that was chosen.
     fn keep_requests(&mut self) {
-        let of_provider = self.admitted..self.holds.len();
+        let from = self.admitted();
+        let of_provider = from..self.holds.len();
         for place in of_provider.rev() {
             let hold = &self.holds[place];
             if hold.source.rule(&self.policies).unit == Unit::Requests {
@@ -335,9 +344,9 @@ impl Reservation {
                 self.holds.remove(place);
             }
         }
-        self.holds[self.admitted..]
+        self.holds[from..]
             .iter_mut()
-            .zip(self.admitted..)
+            .zip(from..)
             .for_each(|(hold, place)| hold.root = place);
     }
 
@@ -433,7 +442,7 @@ impl Reservation {
             let rule = hold.source.rule(&self.policies);
             let mut left = match rule.unit {
                 // Those of a provider that was not sent it.
-                Unit::Requests if place >= self.admitted && !self.sent => 0,
+                Unit::Requests if place >= self.admitted() && !self.sent => 0,
                 // Accepted is used, whatever came of it.
                 Unit::Requests => {
                     self.quota.levels.keep(&hold.taken, hold.reserved);

@@ -29,7 +29,7 @@ pub struct Account {
     reservation: Option<Reservation>,
     record: Record,
     /// Room that is kept for the record.
-    record_bytes_max: usize,
+    record_bytes_max: u32,
     started_ns: u64,
     /// When the request had been sent upstream, for the gateway's own share of the time.
     dispatched_ns: u64,
@@ -39,7 +39,7 @@ pub struct Account {
     /// The tier that was asked for, for a request whose provider tells none.
     tier: Tier,
     /// A sample of the request, where its tokens can be counted.
-    prompt: Option<Prompt>,
+    prompt: Option<Box<Prompt>>,
     error: Option<&'static str>,
     /// See [`Account::denied`].
     denied: Option<Box<Denied>>,
@@ -132,13 +132,17 @@ impl Account {
             core: core.clone(),
             reservation: Some(reservation),
             record,
-            record_bytes_max,
+            record_bytes_max: record_bytes_max as u32,
             started_ns,
             dispatched_ns: 0,
             client,
             input_estimated,
             tier: marks.tier,
-            prompt: model.has_vocabulary().then(|| Prompt::of(body)).flatten(),
+            prompt: model
+                .has_vocabulary()
+                .then(|| Prompt::of(body))
+                .flatten()
+                .map(Box::new),
             error: None,
             denied: None,
             target: None,
@@ -527,7 +531,7 @@ impl Drop for Account {
             self.settle(Outcome::Stopped, usage, true);
         }
         self.core.accounts_open.set(self.core.accounts_open.get() - 1);
-        let others = self.core.accounts_bytes.get() - self.record_bytes_max;
+        let others = self.core.accounts_bytes.get() - self.record_bytes_max as usize;
         self.core.accounts_bytes.set(others);
         self.core.telemetry.counters().response(self.record.status);
         self.log();

@@ -4,7 +4,7 @@ use std::{io, net::IpAddr, rc::Rc, sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 
-use super::{answer, ends::End, preface, relay::Stream, request, trust::Trust};
+use super::{answer, ends::End, preface, relay::Stream, request, snapshot::Http, trust::Trust};
 use crate::{
     core::{Core, DRAIN, STOP, seats::Seat},
     error::{Dialect, Error, Kind},
@@ -100,10 +100,15 @@ pub async fn run(
     tls: Option<Arc<ServerConfig>>,
     trust: Option<Arc<Trust>>,
 ) {
-    let http = core.snapshot().http;
+    let Http {
+        head_timeout,
+        idle_timeout,
+        write_timeout,
+        ..
+    } = core.snapshot().http;
     let hop = match &trust {
         None => peer,
-        Some(trust) => match preface::hop(&core, &sock, peer, trust, http.head_timeout).await {
+        Some(trust) => match preface::hop(&core, &sock, peer, trust, head_timeout).await {
             Some(hop) => hop,
             None => return,
         },
@@ -114,7 +119,7 @@ pub async fn run(
     let conn = match tls {
         None => Conn::plain(sock),
         // Boxed, as all that a connection does once: while it waits it has no room for it.
-        Some(config) => match Box::pin(handshake(&core, sock, &config, http.head_timeout)).await {
+        Some(config) => match Box::pin(handshake(&core, sock, &config, head_timeout)).await {
             Some(conn) => conn,
             None => return,
         },
@@ -128,13 +133,13 @@ pub async fn run(
         inbuf: Vec::new(),
         head: RequestHead::new(),
         body_is_open: false,
-        stall: http.write_timeout,
+        stall: write_timeout,
         heads_in_a_row: 0,
     };
-    let mut idle = http.head_timeout;
+    let mut idle = head_timeout;
     let mut is_new = true;
     loop {
-        match client.await_head(&core, idle, http.head_timeout, is_new).await {
+        match client.await_head(&core, idle, head_timeout, is_new).await {
             Awaited::Head => client.identify(),
             Awaited::End => return client.conn.shutdown(),
             Awaited::TooSlow => {
@@ -143,7 +148,7 @@ pub async fn run(
             }
             Awaited::TurnedAway => {
                 core.telemetry.counters().clients_turned_away.inc();
-                return client.refuse_head(&core, &End::Blocked.error()).await;
+                return Box::pin(client.refuse_head(&core, &End::Blocked.error())).await;
             }
             Awaited::Bad(error) => {
                 let mut answer = Error::new(Kind::BadRequest, error.to_string());
@@ -164,7 +169,7 @@ pub async fn run(
             Next::Gone => return,
         }
         client.forget_request();
-        idle = http.idle_timeout;
+        idle = idle_timeout;
         is_new = false;
     }
 }

@@ -75,7 +75,7 @@ pub async fn run(
         && is_event_stream(content_type(&upstream));
     account.answering(upstream.head.status, is_stream);
     if is_stream {
-        return Served::Stream(Box::new(Stream::new(core, upstream, account, terms)));
+        return Served::Stream(Box::new(Stream::new(upstream, account, terms)));
     }
     Served::Done(whole::run(client, core, upstream, account, terms).await)
 }

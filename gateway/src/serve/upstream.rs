@@ -139,6 +139,11 @@ impl Upstream {
         }
     }
 
+    /// The core that it belongs to.
+    pub fn core(&self) -> &Rc<Core> {
+        &self.core
+    }
+
     /// The connection.
     pub fn conn(&mut self) -> io::Result<&mut Conn> {
         self.conn

@@ -11,7 +11,7 @@
 mod socket;
 mod turn;
 
-use std::{collections::VecDeque, io, os::fd::RawFd, time::Duration};
+use std::{io, os::fd::RawFd, time::Duration};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
@@ -89,10 +89,12 @@ impl Ring {
         Ring::with_entries(ENTRIES)
     }
 
-    /// To be called every few seconds: gives the buffers' memory back if a burst has made more of them than were needed since.
+    /// To be called every few seconds: gives the buffers' memory back if a burst has made more of them than were needed since,
+    /// and frees what has not been used of the buffers that are kept for sending.
     pub fn give_back(&mut self) {
         self.releases = self.buffers.in_use() > self.receives && self.buffers.has_grown();
         self.receives = 0;
+        self.spare.release();
     }
 
     fn with_entries(entries: u32) -> io::Result<Ring> {
@@ -170,7 +172,7 @@ impl Ring {
     /// Takes a listening socket in; connections are accepted at once.
     pub fn add_listening(&mut self, fd: RawFd) -> Key {
         let key = self.add(fd);
-        self.slots[key.index as usize].accepted = Some(VecDeque::new());
+        self.slots[key.index as usize].accepted = Some(Box::default());
         self.start_accepting(key.index);
         key
     }
@@ -214,7 +216,7 @@ impl Ring {
             slot.queue = Vec::new();
         }
         self.closing += 1;
-        for fd in accepted.into_iter().flatten().flatten() {
+        for fd in accepted.into_iter().flat_map(|accepted| accepted.0).flatten() {
             close_now(fd);
         }
         self.release_received(key.index);

@@ -68,11 +68,18 @@ pub struct Slot {
     pub writer: Option<Waker>,
     /// Why sending has failed (errno); 0: it has not.
     pub broken: i32,
-    /// Of a listener: connections that nobody has taken yet.
-    pub accepted: Option<VecDeque<io::Result<RawFd>>>,
+    /// Of a listener: connections that nobody has taken yet. Boxed: there are many connections and few listeners.
+    pub accepted: Option<Box<Backlog>>,
     /// When a closing socket last made progress, nanoseconds of the monotonic clock.
     pub moved_ns: u64,
 }
+
+// Two of them for each open stream.
+const _: () = assert!(size_of::<Slot>() <= 176);
+
+/// See [`Slot::accepted`].
+#[derive(Default)]
+pub struct Backlog(pub VecDeque<io::Result<RawFd>>);
 
 impl Slot {
     pub fn new(fd: RawFd, generation: u32) -> Slot {

@@ -14,6 +14,8 @@ pub struct Spare {
     buffers: Vec<Vec<u8>>,
     /// Their capacity.
     bytes: usize,
+    /// The fewest that were here since [`Spare::release`]: so many were not used.
+    least: usize,
 }
 
 impl Spare {
@@ -22,6 +24,7 @@ impl Spare {
         match self.buffers.pop() {
             Some(buffer) => {
                 self.bytes -= buffer.capacity();
+                self.least = self.least.min(self.buffers.len());
                 buffer
             }
             None => Vec::with_capacity(FIRST_BYTES),
@@ -36,6 +39,15 @@ impl Spare {
             self.bytes += bytes;
             self.buffers.push(buffer);
         }
+    }
+
+    /// To be called every few seconds: frees those that a burst has left and that nobody has used since the last call.
+    pub fn release(&mut self) {
+        let unused = self.least.min(self.buffers.len());
+        for buffer in self.buffers.drain(..unused) {
+            self.bytes -= buffer.capacity();
+        }
+        self.least = self.buffers.len();
     }
 }
 
@@ -59,5 +71,26 @@ mod tests {
             assert!(buffer.is_empty() && buffer.capacity() == QUEUE_BYTES_MAX);
         }
         assert_eq!((spare.bytes, spare.take().capacity()), (0, FIRST_BYTES));
+    }
+
+    #[test]
+    fn frees_what_is_not_used() {
+        let mut spare = Spare::default();
+        for _ in 0..10 {
+            spare.give(Vec::with_capacity(FIRST_BYTES));
+        }
+        // All came since the last call.
+        spare.release();
+        assert_eq!(spare.buffers.len(), 10);
+        for _ in 0..100 {
+            let used = [spare.take(), spare.take(), spare.take()];
+            used.into_iter().for_each(|buffer| spare.give(buffer));
+        }
+        spare.release();
+        assert_eq!((spare.buffers.len(), spare.bytes), (3, 3 * FIRST_BYTES));
+        spare.release();
+        spare.release();
+        assert_eq!((spare.buffers.len(), spare.bytes), (0, 0));
+        spare.release();
     }
 }

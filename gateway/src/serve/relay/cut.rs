@@ -8,7 +8,7 @@ use crate::{
 };
 
 /// Choices of a stream that are ended one by one; more cannot be asked for (OpenAI: 128).
-const CHOICES_MAX: u64 = 128;
+pub const CHOICES_MAX: u64 = 128;
 
 /// A stream as far as its end must speak in its name.
 pub struct Cut<'a> {

@@ -34,7 +34,7 @@ enum End {
 pub fn detach(mut stream: Box<Stream>) {
     stream.account.flag(Flags::DRAINED);
     spawn(async move {
-        let core = stream.core.clone();
+        let core = stream.upstream.core().clone();
         core.telemetry.counters().answers_drained.inc();
         let Stream {
             upstream,

@@ -4,16 +4,19 @@ use std::{
     future::Future,
     io::IoSlice,
     pin::{Pin, pin},
-    rc::Rc,
+    sync::Arc,
     task::Poll,
     time::Duration,
 };
 
-use super::{Failure, Terms, cut::Cut, drain, left};
+use super::{
+    Failure, Terms,
+    cut::{CHOICES_MAX, Cut},
+    drain,
+};
 use crate::{
     bounds::SCRATCH_BYTES,
     config::schema::OnExhausted,
-    core::Core,
     dialect::{Api, Finish, Usage, meter::Meter},
     error::{Dialect, Error, Kind},
     http::{
@@ -31,6 +34,7 @@ use crate::{
         answer::{self, Framing},
         connection::{Ahead, Client, Next},
         ends::{End, Ends},
+        keys::Life,
         upstream::{Broken, Upstream},
     },
 };
@@ -46,11 +50,18 @@ const READS_IN_A_ROW: u32 = 16;
 
 /// One running stream. Some hundred bytes; its buffers are empty while it waits.
 pub struct Stream {
-    pub(super) core: Rc<Core>,
     pub(super) upstream: Upstream,
     pub(super) account: Account,
     pub(super) meter: Meter,
-    pub(super) terms: Terms,
+    api: Api,
+    /// Of the client's key.
+    life: Arc<Life>,
+    hide_usage: bool,
+    /// Answers that are generated at the same time, as far as a [`Cut`] ends them one by one.
+    choices: u8,
+    patience: Patience,
+    /// The client's connection stays open.
+    keep_alive: bool,
     /// The client understands chunks; otherwise the connection's end is the stream's.
     chunked: bool,
     /// What the client's socket did not take.
@@ -66,6 +77,16 @@ pub struct Stream {
     /// When the last event came; 0 before the first.
     last_event_ns: u64,
 }
+
+/// The model's timeouts that a stream looks at, nanoseconds.
+struct Patience {
+    first_token_ns: u64,
+    idle_ns: u64,
+    total_ns: u64,
+}
+
+// What a stream holds for as long as it runs: one more byte takes the allocator's next size, 1280.
+const _: () = assert!(size_of::<Stream>() <= 1024);
 
 /// What a read brought.
 enum Came {
@@ -90,7 +111,7 @@ enum Woken {
 
 impl Stream {
     /// A stream whose upstream has answered and whose client has been sent nothing.
-    pub fn new(core: &Rc<Core>, upstream: Upstream, account: Account, terms: Terms) -> Stream {
+    pub fn new(mut upstream: Upstream, account: Account, terms: Terms) -> Stream {
         let mut meter = Meter::new(terms.api, terms.hide_usage);
         if account.counts_tokens() {
             meter.keep_text();
@@ -100,14 +121,33 @@ impl Stream {
             let calibration = account.calibration().unwrap_or_default();
             meter.bound(allowed, account.output_is_explicit(), calibration);
         }
+        let chunked = terms.head.version == Version::Http11;
+        let framing = if chunked {
+            Framing::Chunked
+        } else {
+            Framing::UntilClose
+        };
+        let mut head = terms.head;
+        head.keep_alive &= chunked;
+        // Of the two heads and of the terms only what is needed later is kept: the stream may run for minutes.
+        let unsent = answer::relayed(&upstream.head, &upstream.received, framing, &terms.report, head);
+        upstream.head.fields = Vec::new();
         Stream {
-            core: core.clone(),
             upstream,
             account,
             meter,
-            chunked: terms.head.version == Version::Http11,
-            terms,
-            unsent: Vec::new(),
+            api: terms.api,
+            life: terms.life,
+            hide_usage: terms.hide_usage,
+            choices: terms.choices.min(CHOICES_MAX) as u8,
+            patience: Patience {
+                first_token_ns: nanoseconds(terms.timeouts.first_token),
+                idle_ns: nanoseconds(terms.timeouts.idle),
+                total_ns: nanoseconds(terms.timeouts.total),
+            },
+            keep_alive: head.keep_alive,
+            chunked,
+            unsent,
             left_over: false,
             drains: false,
             cut_mid_event: false,
@@ -118,12 +158,11 @@ impl Stream {
 
     /// Relays it from its head to its end.
     pub async fn run(mut self: Box<Stream>, client: &mut Client) -> Next {
-        let core = self.core.clone();
-        core.telemetry.counters().streams_opened.inc();
+        self.upstream.core().telemetry.counters().streams_opened.inc();
         let streaming = Streaming::begin();
         let (next, upstream_is_whole) = self.relay(client).await;
         drop(streaming);
-        core.telemetry.counters().streams_closed.inc();
+        self.upstream.core().telemetry.counters().streams_closed.inc();
         if self.drains {
             drain::detach(self);
             return next;
@@ -144,7 +183,7 @@ impl Stream {
         let mut client_stirs = pin!(sock.readable());
         let mut watching = true;
         let mut timer = Timer::new(self.patience());
-        let mut ends = pin!(Ends::new(&self.core, &self.terms.life, &client.seat));
+        let mut ends = pin!(Ends::new(self.upstream.core(), &self.life, &client.seat));
         let mut reads = 0;
         loop {
             // Boxed, as the failure: a stream that waits has no room for what few streams come to.
@@ -182,7 +221,7 @@ impl Stream {
                         Came::More
                     }
                 },
-                Woken::Client => match client.look_ahead(&self.core) {
+                Woken::Client => match client.look_ahead(self.upstream.core()) {
                     Ahead::Gone => Came::ClientGone,
                     Ahead::Full => {
                         watching = false;
@@ -199,25 +238,15 @@ impl Stream {
 
     /// Sends the head, together with what came behind the upstream's.
     fn begin(&mut self, client: &mut Client) -> Came {
-        let framing = if self.chunked {
-            Framing::Chunked
-        } else {
-            Framing::UntilClose
-        };
-        let mut head = self.terms.head;
-        head.keep_alive &= self.chunked;
-        self.terms.head = head;
         let received = std::mem::take(&mut self.upstream.received);
-        self.unsent = answer::relayed(&self.upstream.head, &received, framing, &self.terms.report, head);
         if let Ok(conn) = self.upstream.conn() {
             conn.sock().acknowledge_less();
         }
-        // Where the fields of both heads stand is of no use any more, and the stream may run for minutes.
-        self.upstream.head.fields = Vec::new();
+        // Where the fields of the head stand is of no use any more.
         client.head.fields = Vec::new();
         let mut came = Came::More;
         for part in received[self.upstream.head.len..].chunks(READ_TO - READ_FROM) {
-            let core = self.core.clone();
+            let core = self.upstream.core().clone();
             let scratch = &mut *core.scratch();
             scratch[READ_FROM..READ_FROM + part.len()].copy_from_slice(part);
             came = self.pass(client, scratch, part.len());
@@ -259,7 +288,7 @@ impl Stream {
 
     /// Takes what the upstream sent and passes it on.
     fn read(&mut self, client: &mut Client) -> Came {
-        let core = self.core.clone();
+        let core = self.upstream.core().clone();
         let scratch = &mut *core.scratch();
         let Ok(conn) = self.upstream.conn() else {
             return Came::Failed(Failure::Upstream(Broken::Cut));
@@ -339,18 +368,18 @@ impl Stream {
                     )
                 };
                 self.account.error(error.code());
-                error_event(self.terms.api, &error)
+                error_event(self.api, &error)
             }
             OnExhausted::Finish => {
                 let (id, unix_ms) = self.account.id();
                 let cut = Cut {
-                    api: self.terms.api,
+                    api: self.api,
                     exhausted,
                     opening: self.meter.opening(),
                     sent,
                     usage: self.usage().0,
-                    tell_usage: !self.terms.hide_usage,
-                    choices: self.terms.choices,
+                    tell_usage: !self.hide_usage,
+                    choices: self.choices.into(),
                     id: &id,
                     model: self.account.model(),
                     unix_s: unix_ms / 1000,
@@ -413,7 +442,12 @@ impl Stream {
         if total == 0 {
             return true;
         }
-        self.core.telemetry.counters().bytes_to_clients.add(total as u64);
+        self.upstream
+            .core()
+            .telemetry
+            .counters()
+            .bytes_to_clients
+            .add(total as u64);
         let mut taken = 0;
         if self.unsent.is_empty() {
             match client.conn.try_write_slices(&slices.map(IoSlice::new)) {
@@ -440,8 +474,8 @@ impl Stream {
         let stall = client.stall;
         // A reader that takes a byte now and then must not hold an upstream for longer than a request may last.
         let used_ns = clock::turn_ns() - self.account.started_ns();
-        let core = self.core.clone();
-        let total = core.late(left(self.terms.timeouts.total, used_ns));
+        let core = self.upstream.core().clone();
+        let total = core.late(left(self.patience.total_ns, used_ns));
         let others = race(ends.as_mut(), total);
         match race(client.conn.write_all(&unsent, stall), others).await {
             Either::First(result) => {
@@ -469,11 +503,17 @@ impl Stream {
         if events == 0 {
             return;
         }
-        self.core.telemetry.counters().events_relayed.add(events);
+        self.upstream
+            .core()
+            .telemetry
+            .counters()
+            .events_relayed
+            .add(events);
         if self.last_event_ns == 0 {
             self.account.first_byte(now_ns);
         } else {
-            self.core
+            self.upstream
+                .core()
                 .telemetry
                 .record_inter_token_us((now_ns - self.last_event_ns) / 1000, events);
         }
@@ -485,20 +525,17 @@ impl Stream {
         let now_ns = clock::turn_ns();
         let silence = match self.last_event_ns {
             0 => left(
-                self.terms.timeouts.first_token,
+                self.patience.first_token_ns,
                 now_ns.saturating_sub(self.account.dispatched_ns()),
             ),
-            _ => left(self.terms.timeouts.idle, now_ns - self.last_ns),
+            _ => left(self.patience.idle_ns, now_ns - self.last_ns),
         };
-        silence.min(left(
-            self.terms.timeouts.total,
-            now_ns - self.account.started_ns(),
-        ))
+        silence.min(left(self.patience.total_ns, now_ns - self.account.started_ns()))
     }
 
     fn overdue(&self) -> Option<Failure> {
         let now_ns = clock::turn_ns();
-        if left(self.terms.timeouts.total, now_ns - self.account.started_ns()).is_zero() {
+        if left(self.patience.total_ns, now_ns - self.account.started_ns()).is_zero() {
             return Some(Failure::Total);
         }
         self.patience().is_zero().then_some(Failure::Idle)
@@ -556,7 +593,7 @@ impl Stream {
     }
 
     fn next(&self) -> Next {
-        if self.terms.head.keep_alive {
+        if self.keep_alive {
             Next::KeepAlive
         } else {
             Next::Close
@@ -569,12 +606,12 @@ impl Stream {
         if !self.account.is_settled() {
             let error = failure.error();
             self.account.error(error.code());
-            self.core.telemetry.counters().stream_errors.inc();
+            self.upstream.core().telemetry.counters().stream_errors.inc();
             self.settle(failure.outcome());
             // What was begun of an event cannot be taken back: it is ended, so that the error can be read.
             let mid_event = self.cut_mid_event || self.meter.is_mid_event();
             let gap: &[u8] = if mid_event { b"\n\n" } else { b"" };
-            let event = [gap, &error_event(self.terms.api, &error)].concat();
+            let event = [gap, &error_event(self.api, &error)].concat();
             if self.chunked {
                 let mut line = [0; CHUNK_HEAD_BYTES_MAX];
                 bytes.extend_from_slice(write_chunk_head(event.len(), &mut line));
@@ -592,6 +629,16 @@ impl Stream {
             Err(_) => Next::Gone,
         }
     }
+}
+
+/// What is left of a time that began `used_ns` ago.
+fn left(time_ns: u64, used_ns: u64) -> Duration {
+    Duration::from_nanos(time_ns.saturating_sub(used_ns))
+}
+
+/// Centuries are for ever.
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// An error as an event of the API's stream.

@@ -177,7 +177,7 @@ impl Ring {
         let Some(slot) = self.slot(key) else {
             return Poll::Ready(Err(io::ErrorKind::NotConnected.into()));
         };
-        if let Some(next) = slot.accepted.as_mut().and_then(|accepted| accepted.pop_front()) {
+        if let Some(next) = slot.accepted.as_mut().and_then(|accepted| accepted.0.pop_front()) {
             return Poll::Ready(next);
         }
         note(&mut slot.reader, cx.waker());

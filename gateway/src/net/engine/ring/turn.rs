@@ -356,7 +356,7 @@ fn accepted(slot: &mut Slot, result: i32, flags: u32) -> bool {
         Err(io::Error::from_raw_os_error(-result))
     };
     match (&mut slot.accepted, next) {
-        (Some(accepted), next) => accepted.push_back(next),
+        (Some(accepted), next) => accepted.0.push_back(next),
         // The listener is gone.
         (None, Ok(fd)) => close_now(fd),
         (None, Err(_)) => {}
