@@ -303,13 +303,9 @@ impl CapacityArgs {
 ///
 /// Ends with 0 where every answer was whole and nothing grew, else with 1.
 #[derive(clap::Args)]
-#[command(after_help = "Examples:\n  \
-    gateway-bench soak --target gateway --scenario mixed --duration 1h\n  \
-    gateway-bench soak --url http://127.0.0.1:8080 --model fast --key sk-x --pid $(pidof gateway) --scenario chat -d 10m")]
 pub struct SoakArgs {
     #[command(flatten)]
     loaded: LoadedArgs,
-    /// How long the load runs
     #[arg(long, short, value_parser = parse_duration, default_value = "10m", value_name = "TIME")]
     duration: Duration,
     /// Time between two looks at the processes
@@ -338,7 +334,7 @@ impl SoakArgs {
         });
         let report = report?;
         let soak = Soak::judge(samples, Soak::settle(&pids, self.settle));
-        say(&format!("{report}{soak}"))?;
+        print!("{report}{soak}");
         self.loaded
             .write(&serde_json::json!({ "soak": soak, "report": report }))?;
         Ok(if soak.is_sound() && report.is_sound() {
