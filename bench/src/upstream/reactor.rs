@@ -87,7 +87,10 @@ impl Reactor {
                 // Mostly only timers have come due.
                 events.clear();
             } else {
-                match self.poll.poll(&mut events, timed.map_or(wait, |_| Some(Duration::ZERO))) {
+                match self
+                    .poll
+                    .poll(&mut events, timed.map_or(wait, |_| Some(Duration::ZERO)))
+                {
                     Ok(()) => {}
                     Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                     Err(error) => return Err(error),
