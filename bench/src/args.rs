@@ -1,16 +1,20 @@
 //! The command line.
 
-use std::io::IsTerminal;
+mod options;
+
+use std::fs::OpenOptions;
+use std::io::{ErrorKind, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::{Parser, Subcommand};
 use gateway_bench::html;
-use gateway_bench::load::{self, Arrivals, Check, HangUp, Part, Sources, Stage, Trace, Trust};
-use gateway_bench::scenario::Scenario;
+use gateway_bench::load::{self, Sources, Stage, Trace};
+use gateway_bench::process::Snapshot;
+use gateway_bench::sys;
 use gateway_bench::upstream::{self, Behaviour, Tls, behaviour};
 
 use crate::stands::{CapacityArgs, CompareArgs, SoakArgs, command_line};
@@ -34,22 +38,46 @@ enum Command {
     Soak(SoakArgs),
 }
 
+/// The words of a behaviour, for who has no docs/bench.md at hand.
+const WORDS: &str = "\
+The model's name says what a call gets: `sim:WORD,WORD,…`, for example `sim:tokens=50,pace=10ms,die=rst,after=7`.
+GET /sim/stats answers counters, GET /sim/last the last call, PUT /sim/models/NAME sets one model's words.
+
+Words:
+  tokens=N  pace=TIME  first=TIME  size=BYTES   length of the answer, time between tokens, to the first; text of each.
+      Also uniform:LOW:HIGH, normal:MEAN:DEVIATION, lognormal:MEDIAN:SIGMA, exp:MEAN, and here file:PATH
+  slowhead=TIME  huge=BYTES                     request to head; text of the first token
+  usage=on|off|always  cached=N  reasoning=N    the usage and what it tells
+  tools=N  dims=N  ctype=TYPE                   tool calls; dimensions of an embedding; another content type
+  split=BYTES  gap=TIME                         writes of so many bytes, so far apart
+  crlf  done=off  azure  comment=N  stamp       shape of the events; stamp: each token tells when it was sent
+  status=N  retry=S                             an error object; its Retry-After
+  die=rst|fin|stall  after=N                    death, after N tokens or before the head
+  error=N  badchunk  garbage                    an error inside the stream; a bad chunk; no HTTP
+  fault=KIND@SHARE                              that share of calls: a status, rst, fin, stall, error, badchunk, garbage,
+      slow:TIME (can be repeated)
+  rpm=N  tpm=N  parallel=N                      limits of one model on one endpoint: 429
+  kv=BLOCKS  prefill=TIME                       a cache of prompt prefixes; time of 1,000 tokens that are not in it
+  close  unframed  stale=on|now                 how connections end
+Times are 250us, 20ms, 2s, 5m, 1h or a bare number of milliseconds.";
+
 /// Simulate a fleet of servers that speak OpenAI's, Anthropic's and Google's APIs
 #[derive(clap::Args)]
 #[command(
     after_help = "The model's name says what a call gets, for example `sim:tokens=50,pace=10ms,die=rst,after=7`.\n\
-    All words stand in bench/README.md. GET /sim/stats answers counters, GET /sim/last the last call."
+    --help lists all words. GET /sim/stats answers counters, GET /sim/last the last call.",
+    after_long_help = WORDS
 )]
 struct UpstreamArgs {
     /// Address of the first endpoint
     #[arg(long, default_value = "127.0.0.1:9101", value_name = "ADDR")]
     listen: SocketAddr,
     /// Endpoints, on consecutive ports
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     endpoints: u16,
     /// Threads, each serving all endpoints
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    threads: usize,
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
     /// Behaviour where the model's name does not say otherwise, for example `tokens=20,pace=5ms`
     #[arg(
         long,
@@ -64,8 +92,10 @@ struct UpstreamArgs {
     /// Serve TLS, with a certificate of its own unless --certificate names one
     #[arg(long)]
     tls: bool,
+    /// Certificate chain to serve, as PEM
     #[arg(long, value_name = "FILE", requires_all = ["tls", "certificate_key"])]
     certificate: Option<PathBuf>,
+    /// Its private key, as PEM
     #[arg(long, value_name = "FILE", requires = "certificate")]
     certificate_key: Option<PathBuf>,
     /// Play a recorded fleet: each call gets the lengths and times of the trace's next line (docs/bench.md)
@@ -73,9 +103,10 @@ struct UpstreamArgs {
     trace: Option<PathBuf>,
 }
 
-/// Send load to an OpenAI-compatible server, check every token, and measure
+/// Send load to a server that speaks OpenAI's, Anthropic's or Gemini's API, check every token, and measure
 ///
-/// Ends with 0 where every answer was whole, with 1 where one was not, with 2 where nothing could be run.
+/// Ends with 0 where every answer was whole and had status 200 (or what --scenario or --any-status says) and all that was
+/// due was sent, with 1 where not, with 2 where nothing could be run, with 130 where a signal ended it early.
 #[derive(clap::Args)]
 #[command(after_help = "Examples:\n  \
     gateway-bench load --url http://127.0.0.1:8080/v1/chat/completions --key sk-x --model fast --connections 300\n  \
@@ -89,18 +120,20 @@ struct LoadArgs {
     /// Key, sent as the API wants it
     #[arg(long, env = "GATEWAY_BENCH_KEY", hide_env_values = true)]
     key: Option<String>,
-    /// File with a key a line, used in turn
-    #[arg(long, value_name = "FILE", conflicts_with = "key")]
+    /// File with a key a line, used in turn, instead of --key
+    #[arg(long, value_name = "FILE")]
     keys: Option<PathBuf>,
     /// Further field of every request's head, `NAME: VALUE` (can be repeated)
     #[arg(long = "header", value_parser = parse_header, value_name = "FIELD")]
     headers: Vec<(String, String)>,
-    /// Mix of a scenario file, in place of what the options say of the requests; its models are --model, or `sim:` with
-    /// the part's behaviour where that is not given
-    #[arg(long, value_name = "FILE")]
+    /// Requests as a scenario file says, at its rate, with its connections and for its time where no option says
+    /// otherwise; its models are --model, or `sim:` with the part's behaviour where that is not given
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["plain", "stream", "prompt_bytes", "prompts", "shared_bytes",
+        "include_usage", "expect_tokens", "hang_up_after", "slow_reader", "idle"])]
     scenario: Option<PathBuf>,
-    #[arg(long, default_value = "sim")]
-    model: String,
+    /// Model that is asked for [default: the one in the URL, else sim]
+    #[arg(long)]
+    model: Option<String>,
     /// Believe answers that are well-formed: for real models, whose tokens cannot be known
     #[arg(long)]
     real: bool,
@@ -110,9 +143,9 @@ struct LoadArgs {
     /// Ask for plain answers
     #[arg(long)]
     plain: bool,
-    /// Connections at most; without --rate also requests at once
-    #[arg(long, short, default_value_t = 1, value_name = "N")]
-    connections: usize,
+    /// Connections at most; in the closed loop also requests at once [default: 1; open loop: 1000]
+    #[arg(long, short, value_name = "N")]
+    connections: Option<usize>,
     /// Open a new connection for each request
     #[arg(long)]
     no_keep_alive: bool,
@@ -128,23 +161,32 @@ struct LoadArgs {
     /// Open loop: send what a trace recorded (JSON lines; docs/bench.md), its time divided by --speed
     #[arg(long, value_name = "FILE", conflicts_with_all = ["rate", "stages"])]
     trace: Option<PathBuf>,
-    #[arg(long, default_value_t = 1.0, value_name = "FACTOR")]
+    /// The trace's time is divided by this
+    #[arg(long, default_value_t = 1.0, value_parser = parse_speed, value_name = "FACTOR")]
     speed: f64,
+    /// Open loop: requests that were due and found no free connection up to the end are no failure
+    #[arg(long)]
+    overload: bool,
+    /// Any status will do [default: 200, or what the scenario says]
+    #[arg(long)]
+    any_status: bool,
     /// Stop after so many requests
     #[arg(long, short = 'n', value_name = "N")]
     requests: Option<u64>,
-    /// Start requests for this long, warm-up included [default: 10s, unless --requests is given]
+    /// Start requests for this long, warm-up included [default: the stages' or the trace's own time, else 10s unless
+    /// --requests is given]
     #[arg(long, short, value_parser = parse_duration, value_name = "TIME")]
     duration: Option<Duration>,
-    /// Check but do not measure for this long at first
-    #[arg(long, value_parser = parse_duration, default_value = "0s", value_name = "TIME")]
-    warm_up: Duration,
-    /// Spread the first requests over this time, so that streams do not beat in step
-    #[arg(long, value_parser = parse_duration, default_value = "0s", value_name = "TIME")]
-    ramp: Duration,
-    /// Time that one request may take
-    #[arg(long, value_parser = parse_duration, default_value = "2m", value_name = "TIME")]
-    timeout: Duration,
+    /// Check but do not measure for this long at first [default: 0s]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    warm_up: Option<Duration>,
+    /// Spread the first requests over this time, so that streams do not beat in step [default: 0s]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    ramp: Option<Duration>,
+    /// Time that one request may take [default: 2m]
+    #[arg(long, value_parser = parse_duration, value_name = "TIME")]
+    timeout: Option<Duration>,
+    /// Bytes of text in the prompt
     #[arg(long, default_value_t = 256, value_name = "N")]
     prompt_bytes: usize,
     /// Different prompts, sent in turn
@@ -153,6 +195,7 @@ struct LoadArgs {
     /// Of a prompt's bytes, so many at its start are the same in all
     #[arg(long, default_value_t = 0, value_name = "N")]
     shared_bytes: usize,
+    /// Tokens that an answer may have; with --scenario no part asks for more
     #[arg(long, value_name = "N")]
     max_tokens: Option<u32>,
     /// Ask for the usage chunk
@@ -186,11 +229,11 @@ struct LoadArgs {
     #[arg(long, value_name = "N")]
     idle: Option<usize>,
     /// Count the processes' system calls for a second after the window
-    #[arg(long)]
+    #[arg(long, requires = "pids")]
     system_calls: bool,
     /// Threads that share the load
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    threads: usize,
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    threads: u16,
     /// Where random choices start
     #[arg(long, default_value_t = 1, value_name = "N")]
     seed: u64,
@@ -220,6 +263,13 @@ fn parse_header(text: &str) -> Result<(String, String), String> {
         return Err("a field has printable letters only".to_owned());
     }
     Ok((name.trim().to_owned(), value.trim().to_owned()))
+}
+
+fn parse_speed(text: &str) -> Result<f64, String> {
+    let speed = text.parse().ok();
+    speed
+        .filter(|speed: &f64| speed.is_finite() && *speed > 0.0)
+        .ok_or_else(|| "expected a factor above 0".to_owned())
 }
 
 fn parse_stage(text: &str) -> Result<Stage, String> {
@@ -252,7 +302,7 @@ fn run_upstream(args: &UpstreamArgs) -> Result<ExitCode> {
     let options = upstream::Options {
         listen: args.listen,
         endpoints: args.endpoints,
-        threads: args.threads,
+        threads: args.threads.into(),
         behaviour,
         tls: match (&args.certificate, &args.certificate_key) {
             (Some(certificate), Some(key)) => {
@@ -272,27 +322,38 @@ fn run_upstream(args: &UpstreamArgs) -> Result<ExitCode> {
     }
     let scheme = if args.tls { "https" } else { "http" };
     for addr in server.addrs() {
-        println!("simulated upstream on {scheme}://{addr}");
+        say(&format!("simulated upstream on {scheme}://{addr}\n"))?;
     }
     server.join();
     Ok(ExitCode::FAILURE)
 }
 
 fn run_load(args: &LoadArgs) -> Result<ExitCode> {
-    let mut options = load_options(args)?;
+    let mut options = options::load_options(args)?;
+    for path in [&args.html, &args.json].into_iter().flatten() {
+        writable(path)?;
+    }
+    for pid in &options.pids {
+        if Snapshot::read(*pid).is_none() {
+            bail!("there is no process {pid} to measure");
+        }
+    }
+    sys::allow_descriptors(options.connections as u64 + DESCRIPTORS_OVER);
+    sys::catch_interrupts()?;
     let watched = args.progress || std::io::stderr().is_terminal();
     let report = crate::watch::watched(watched, &mut options, load::run)
         .with_context(|| format!("cannot load {}", args.url))?;
     let json = serde_json::to_string_pretty(&report)?;
     match &args.json {
-        Some(path) if path.as_os_str() == "-" => println!("{json}"),
+        Some(path) if path.as_os_str() == "-" => say(&(json + "\n"))?,
         Some(path) => {
             std::fs::write(path, json + "\n").with_context(|| format!("cannot write {}", path.display()))?;
-            print!("{report}");
+            say(&report.to_string())?;
         }
-        None => print!("{report}"),
+        None => say(&report.to_string())?,
     }
-    let sound = report.is_sound();
+    let interrupted = report.interrupted;
+    let sound = report.is_sound() || (args.overload && report.failures.total() == 0);
     if let Some(path) = &args.html {
         let name = args
             .scenario
@@ -308,86 +369,39 @@ fn run_load(args: &LoadArgs) -> Result<ExitCode> {
         std::fs::write(path, html::page(&results)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    Ok(if sound {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
+    Ok(match (interrupted, sound) {
+        (true, _) => INTERRUPTED.into(),
+        (false, true) => ExitCode::SUCCESS,
+        (false, false) => ExitCode::FAILURE,
     })
 }
 
-fn load_options(args: &LoadArgs) -> Result<load::Options> {
-    let trust = match &args.ca {
-        Some(path) => {
-            let pem = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            Some(Trust::Authorities(pem))
+/// Exit status of a run that a signal ended early: what shells make of SIGINT.
+pub const INTERRUPTED: u8 = 130;
+/// Descriptors of the load generator beyond its connections.
+const DESCRIPTORS_OVER: u64 = 100;
+
+/// Writes to standard output. A reader who has seen enough is no error.
+pub fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("cannot write to standard output")
         }
-        None => None,
-    };
-    let until = args.duration.or(match (args.requests, args.idle, &args.trace) {
-        (None, None, None) => Some(Duration::from_secs(10)),
-        (None, None, Some(_)) => Some(TRACE_MOST),
-        _ => None,
-    });
-    let mut options = load::Options {
-        url: args.url.clone(),
-        key: args.key.clone(),
-        model: args.model.clone(),
-        stream: !args.plain,
-        connections: args.idle.unwrap_or(args.connections),
-        keep_alive: !args.no_keep_alive,
-        rate: args.rate,
-        requests: args.requests,
-        duration: until,
-        warm_up: args.warm_up,
-        ramp: args.ramp,
-        timeout: args.timeout,
-        prompt_bytes: args.prompt_bytes,
-        max_tokens: args.max_tokens,
-        include_usage: args.include_usage,
-        expect_tokens: args
-            .expect_tokens
-            .or_else(|| tokens_of(&args.model, args.max_tokens)),
-        hang_up: args.hang_up_after.map(|after_tokens| HangUp {
-            after_tokens,
-            share_percent: args.hang_up_share,
-        }),
-        slow_reader: args.slow_reader,
-        sources: args.source,
-        trust,
-        tls_resume: args.tls_resume,
-        pids: args.pids.clone(),
-        idle: args.idle.is_some(),
-        keys: match &args.keys {
-            Some(path) => read(path)?
-                .lines()
-                .map(str::trim)
-                .filter(|line| !line.is_empty())
-                .map(str::to_owned)
-                .collect(),
-            None => Vec::new(),
-        },
-        headers: args.headers.clone(),
-        stages: args.stages.clone(),
-        arrivals: if args.poisson {
-            Arrivals::Poisson
-        } else {
-            Arrivals::Even
-        },
-        trace: match &args.trace {
-            Some(path) => Some(read_trace(path)?.at_speed(args.speed)),
-            None => None,
-        },
-        count_system_calls: args.system_calls.then_some(Duration::from_secs(1)),
-        threads: args.threads,
-        seed: args.seed,
-        ..load::Options::default()
-    };
-    options.parts = parts(args, &options)?;
-    Ok(options)
+        _ => Ok(()),
+    }
 }
 
-/// A trace ends by itself.
-const TRACE_MOST: Duration = Duration::from_secs(30 * 86_400);
+/// Finds out before a run whether its report can be written; what is there is left alone.
+fn writable(path: &Path) -> Result<()> {
+    if path.as_os_str() == "-" {
+        return Ok(());
+    }
+    let opened = OpenOptions::new().create(true).append(true).open(path);
+    opened
+        .map(drop)
+        .with_context(|| format!("cannot write {}", path.display()))
+}
 
 fn read_trace(path: &Path) -> Result<Trace> {
     Trace::parse(&read(path)?).map_err(|error| anyhow!("{}: {error}", path.display()))
@@ -395,53 +409,4 @@ fn read_trace(path: &Path) -> Result<Trace> {
 
 fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))
-}
-
-/// The mix: a scenario's, or the one part that the options describe.
-fn parts(args: &LoadArgs, options: &load::Options) -> Result<Vec<Part>> {
-    let check = if args.real { Check::Shape } else { Check::Tokens };
-    let Some(path) = &args.scenario else {
-        return Ok(vec![Part {
-            check,
-            prompts: args.prompts,
-            shared_bytes: args.shared_bytes,
-            hold: options.idle,
-            model: options.model.clone(),
-            stream: options.stream,
-            prompt_bytes: options.prompt_bytes,
-            max_tokens: options.max_tokens,
-            include_usage: options.include_usage,
-            expect_tokens: options.expect_tokens,
-            hang_up: options.hang_up,
-            slow_reader: options.slow_reader,
-            ..Part::default()
-        }]);
-    };
-    let scenario = Scenario::read(path)?;
-    let model = |index: usize| {
-        if args.model == "sim" {
-            format!("sim:{}", scenario.parts[index].behaviour)
-        } else {
-            args.model.clone()
-        }
-    };
-    let mut parts = scenario.load(&args.url, None, None, model)?.parts;
-    for part in &mut parts {
-        part.check = check;
-        if args.real {
-            part.expect_tokens = None;
-        }
-    }
-    Ok(parts)
-}
-
-/// The tokens that a simulator's model promises in its name.
-fn tokens_of(model: &str, max_tokens: Option<u32>) -> Option<u64> {
-    let words = model.strip_prefix("sim:")?;
-    words
-        .split(',')
-        .any(|word| word.trim().starts_with("tokens="))
-        .then_some(())?;
-    let tokens = Behaviour::default().for_model(model).ok()?.tokens_fixed()?;
-    Some(tokens.min(max_tokens.unwrap_or(u32::MAX)).into())
 }

@@ -107,6 +107,9 @@ pub struct Cost {
     pub involuntary_switches: u64,
     pub cpu_us_per_request: Option<f64>,
     pub cpu_us_per_event: Option<f64>,
+    /// Context switches of both sorts.
+    pub switches_per_request: Option<f64>,
+    pub switches_per_event: Option<f64>,
     /// Growth of the resident memory per open stream, where streams were held open.
     pub bytes_per_open_stream: Option<f64>,
 }
@@ -137,11 +140,17 @@ impl Cost {
         }
     }
 
-    /// Shares the CPU time out.
+    /// Shares the CPU time and the context switches out.
     pub fn share(&mut self, requests: u64, events: u64) {
-        let per = |count: u64| (count > 0).then(|| self.cpu_s * 1e6 / count as f64);
-        self.cpu_us_per_request = per(requests);
-        self.cpu_us_per_event = per(events);
+        let per = |all: f64, count: u64| (count > 0).then(|| all / count as f64);
+        let (cpu_us, switches) = (
+            self.cpu_s * 1e6,
+            self.voluntary_switches + self.involuntary_switches,
+        );
+        self.cpu_us_per_request = per(cpu_us, requests);
+        self.cpu_us_per_event = per(cpu_us, events);
+        self.switches_per_request = per(switches as f64, requests);
+        self.switches_per_event = per(switches as f64, events);
     }
 }
 
@@ -162,7 +171,8 @@ mod tests {
         cost.share(10, 0);
         assert!(cost.cpu_s > 0.0, "{cost:?} {sum}");
         assert!(cost.resident_after_bytes > 100_000);
-        assert_eq!(cost.cpu_us_per_event, None);
+        assert_eq!((cost.cpu_us_per_event, cost.switches_per_event), (None, None));
+        assert!(cost.switches_per_request.is_some());
         assert!(Snapshot::read(u32::MAX).is_none());
     }
 }

@@ -17,7 +17,7 @@ use gateway_bench::stand::{Paths, Stand};
 use gateway_bench::sys;
 use gateway_bench::target::{Running, Target};
 
-use crate::args::parse_duration;
+use crate::args::{INTERRUPTED, parse_duration, say};
 
 /// Where scenarios, targets and the gateway are
 #[derive(clap::Args)]
@@ -97,17 +97,21 @@ impl CompareArgs {
             out: self.out.clone(),
             command: command_line(),
         };
+        std::fs::create_dir_all(&self.out).with_context(|| format!("cannot make {}", self.out.display()))?;
+        sys::catch_interrupts()?;
         let stand = Stand::start(&paths)?;
-        let results = compare::run(&stand, &options)?;
-        let table = results.table();
-        std::fs::write(
-            self.out.join("compare.json"),
-            serde_json::to_string(&results)? + "\n",
-        )?;
-        std::fs::write(self.out.join("compare.txt"), table.clone() + "\n")?;
-        std::fs::write(self.out.join("compare.html"), html::page(&results)?)?;
-        println!("{table}");
-        println!("reports: {0}; to look at: {0}/compare.html", self.out.display());
+        // A comparison may take hours: what stands is written after each scenario.
+        let results = compare::run(&stand, &options, |results| self.write(results))?;
+        drop(stand);
+        say(&format!(
+            "{}\nreports: {out}; to look at: {out}/compare.html\n",
+            results.table(),
+            out = self.out.display()
+        ))?;
+        if sys::interrupted() {
+            eprintln!("gateway-bench: interrupted");
+            return Ok(INTERRUPTED.into());
+        }
         if results.cells.iter().all(|cell| cell.reports.is_empty()) {
             bail!("nothing could be run");
         }
@@ -116,6 +120,18 @@ impl CompareArgs {
         } else {
             ExitCode::FAILURE
         })
+    }
+}
+
+impl CompareArgs {
+    fn write(&self, results: &compare::Results) -> Result<()> {
+        let write = |name: &str, text: String| {
+            let path = self.out.join(name);
+            std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))
+        };
+        write("compare.json", serde_json::to_string(results)? + "\n")?;
+        write("compare.txt", results.table() + "\n")?;
+        write("compare.html", html::page(results)?)
     }
 }
 
@@ -145,6 +161,9 @@ struct LoadedArgs {
     /// Mix of requests (a file of bench/scenarios, or a path)
     #[arg(long, default_value = "mixed")]
     scenario: String,
+    /// Tokens that an answer may have; no part of the mix asks for more
+    #[arg(long, value_name = "N")]
+    max_tokens: Option<u32>,
     /// Write the result as JSON to this file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -159,6 +178,7 @@ struct Loaded {
 
 impl LoadedArgs {
     fn start(&self, window: Option<Duration>) -> Result<Loaded> {
+        sys::catch_interrupts()?;
         let paths = self.stand.paths()?;
         let scenario = Scenario::read(&file_of(&paths.root.join("bench/scenarios"), &self.scenario)?)?;
         sys::allow_descriptors(2 * scenario.connections_max() as u64 + 500);
@@ -168,6 +188,7 @@ impl LoadedArgs {
             for part in options.parts.iter_mut().filter(|_| self.real) {
                 (part.check, part.expect_tokens) = (load::Check::Shape, None);
             }
+            self.limit_tokens(&mut options);
             return Ok(Loaded {
                 options,
                 stand: None,
@@ -183,11 +204,18 @@ impl LoadedArgs {
         let running = stand.start_target(&target)?;
         let mut options = stand.options(&scenario, &target, running.as_ref(), window)?;
         options.count_system_calls = None;
+        self.limit_tokens(&mut options);
         Ok(Loaded {
             options,
             stand: Some(stand),
             _running: running,
         })
+    }
+
+    fn limit_tokens(&self, options: &mut load::Options) {
+        if let Some(most) = self.max_tokens {
+            options.parts.iter_mut().for_each(|part| part.limit_tokens(most));
+        }
     }
 
     fn write(&self, result: &impl serde::Serialize) -> Result<()> {
@@ -256,9 +284,13 @@ impl CapacityArgs {
         };
         let found = capacity::find(&search, |rate| {
             eprintln!("-- {rate:.1} requests/s");
-            loaded.run(&capacity::at_rate(&loaded.options, rate))
+            let report = loaded.run(&capacity::at_rate(&loaded.options, rate))?;
+            if sys::interrupted() {
+                bail!("interrupted at {rate:.1} requests/s");
+            }
+            Ok(report)
         })?;
-        print!("{found}");
+        say(&found.to_string())?;
         self.loaded.write(&found)?;
         Ok(if found.rate.is_some() {
             ExitCode::SUCCESS
@@ -374,7 +406,46 @@ fn file_of(folder: &Path, name: &str) -> Result<PathBuf> {
     bail!("there is neither {} nor a file {name}", named.display())
 }
 
+/// How this program was called, to be told with its results: without keys, for results are handed on.
 pub fn command_line() -> String {
     let words: Vec<String> = std::env::args().skip(1).collect();
-    format!("gateway-bench {}", words.join(" "))
+    format!("gateway-bench {}", without_secrets(&words).join(" "))
+}
+
+fn without_secrets(words: &[String]) -> Vec<String> {
+    let hide = |option: &str, value: &str| match (option, value.split_once(':')) {
+        ("--key", _) => "…".to_owned(),
+        // Any field may be one that a provider takes a key in.
+        (_, Some((name, _))) => format!("{name}: …"),
+        (_, None) => "…".to_owned(),
+    };
+    let mut before = "";
+    let mut told = Vec::new();
+    for word in words {
+        let secret = |option: &str| matches!(option, "--key" | "--header");
+        told.push(match word.split_once('=') {
+            _ if secret(before) => hide(before, word),
+            Some((option, value)) if secret(option) => format!("{option}={}", hide(option, value)),
+            _ => word.clone(),
+        });
+        before = if secret(before) { "" } else { word };
+    }
+    told
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_have_no_secrets() {
+        let words = |text: &str| text.split('|').map(str::to_owned).collect::<Vec<String>>();
+        let told = without_secrets(&words(
+            "load|--key|sk-1|--header|authorization: Bearer sk-2|--key=sk-3|--header=x-api-key:sk-4|--keys|keys.txt|-c|4",
+        ));
+        assert_eq!(
+            told.join(" "),
+            "load --key … --header authorization: … --key=… --header=x-api-key: … --keys keys.txt -c 4"
+        );
+    }
 }

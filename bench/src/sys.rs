@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::Duration;
 
 /// Microseconds of `CLOCK_MONOTONIC`, which is one clock for all processes of a host.
@@ -15,6 +16,38 @@ pub fn monotonic_us() -> u64 {
     // SAFETY: the pointer is to a timespec that lives through the call; this clock always exists on Linux.
     unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &mut time) };
     time.tv_sec as u64 * 1_000_000 + time.tv_nsec as u64 / 1000
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+extern "C" fn note_interrupt(_: libc::c_int) {
+    INTERRUPTED.store(true, Relaxed);
+}
+
+/// From now on the first SIGINT or SIGTERM ends runs early, with a report ([`interrupted`]); the second ends the process.
+///
+/// # Errors
+/// Those of `sigaction`.
+pub fn catch_interrupts() -> io::Result<()> {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: a zeroed sigaction is a valid one with an empty mask; the handler only stores to an atomic, which is
+        // allowed in handlers, and lives as long as the program.
+        let result = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = note_interrupt as *const () as libc::sighandler_t;
+            action.sa_flags = libc::SA_RESETHAND;
+            libc::sigaction(signal, &action, std::ptr::null_mut())
+        };
+        if result != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// Whether a signal has asked this process to end.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Relaxed)
 }
 
 /// Waits until a descriptor can be read, at most `time`, to some 50 µs (`epoll_wait` counts in milliseconds). A signal

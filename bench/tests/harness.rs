@@ -170,6 +170,9 @@ fn stalls_end_at_the_timeout() {
             },
             "{words}"
         );
+        // Who never answers is in the latencies, with the time that was waited.
+        assert_eq!(report.total.count, 4, "{words}");
+        assert!(report.total.p50_us >= 199_000, "{words}\n{report}");
     }
     // A stalled answer that the peer leaves is an aborted one.
     let stats = eventually(&server, |stats| stats.connections_open == 0);
@@ -187,6 +190,72 @@ fn statuses_are_counted_and_not_failures() {
     }
     let report = run(&options(&server, "sim:colour=red"));
     assert_eq!(report.status.get(&400), Some(&4));
+}
+
+#[test]
+fn refusals_are_failures_where_200_is_wanted() {
+    let server = server();
+    let wanting = |words: &str, expect_status| Options {
+        requests: Some(20),
+        parts: vec![load::Part {
+            expect_status,
+            expect_tokens: None,
+            ..part("/v1/chat/completions", words, "", true)
+        }],
+        ..options(&server, words)
+    };
+    let report = run(&wanting("sim:status=401", Some(200)));
+    assert_eq!((report.ok, report.failures.status), (0, 20), "{report}");
+    let told = report.to_string();
+    assert!(told.contains("nothing was answered with 200"), "{told}");
+    assert!(
+        told.contains("first answer not wanted: 401 {") && told.contains("error"),
+        "{told}"
+    );
+    // Where 401 is wanted it is timed, and nothing is said of it.
+    let report = run(&wanting("sim:status=401", Some(401)));
+    assert!(report.is_sound(), "{report}");
+    assert_eq!((report.total.count, report.first_refusal), (20, None));
+    // Who refuses does not look fast.
+    let report = run(&wanting("sim:tokens=1,pace=0,first=50ms,rpm=5", None));
+    assert_eq!(
+        (report.ok, report.total.count, report.not_timed),
+        (5, 5, 15),
+        "{report}"
+    );
+    assert!(report.total.p50_us >= 45_000, "{report}");
+}
+
+#[test]
+fn what_the_open_loop_could_not_start_is_told() {
+    let server = server();
+    let report = run(&Options {
+        rate: Some(100.0),
+        requests: None,
+        duration: Some(Duration::from_secs(1)),
+        connections: 2,
+        stream: false,
+        ..options(&server, "sim:first=500ms")
+    });
+    assert_eq!(report.due, 100, "{report}");
+    assert_eq!(report.due, report.requests + report.not_started, "{report}");
+    assert!(report.not_started > 80 && !report.is_sound(), "{report}");
+    assert!(report.to_string().contains("NEVER STARTED"), "{report}");
+    // With connections enough all that was due is sent, the last one too.
+    let report = run(&Options {
+        rate: Some(200.0),
+        requests: None,
+        duration: Some(Duration::from_millis(500)),
+        connections: 100,
+        stream: false,
+        ..options(&server, "sim:first=1ms")
+    });
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(
+        (report.due, report.ok, report.not_started),
+        (100, 100, 0),
+        "{report}"
+    );
 }
 
 #[test]
@@ -518,6 +587,60 @@ fn a_provider_keeps_its_limits() {
         ..options(&server, "sim:tokens=1,pace=0,first=0,rpm=5")
     });
     assert_eq!((report.ok, report.status.get(&429)), (5, Some(&15)), "{report}");
+}
+
+/// The answer to one request, whole.
+fn answer(server: &Server, line: &str, body: &str) -> String {
+    let mut socket = TcpStream::connect(server.addr()).unwrap();
+    let request = format!(
+        "{line} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    socket.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    socket.read_to_string(&mut text).unwrap();
+    text
+}
+
+#[test]
+fn providers_tell_their_limits_and_models_in_their_own_ways() {
+    let server = server();
+    server.set_model("m", "tokens=1,pace=0,first=0,rpm=1").unwrap();
+    server.set_model("g", "tokens=1,pace=0,first=0,rpm=1").unwrap();
+    let messages = || {
+        let body = "{\"model\":\"m\",\"max_tokens\":9,\"messages\":[]}";
+        answer(&server, "POST /v1/messages", body)
+    };
+    messages();
+    let refused = messages();
+    assert!(
+        refused.starts_with("HTTP/1.1 429") && refused.contains("rate_limit_error"),
+        "{refused}"
+    );
+    let reset = refused
+        .lines()
+        .find_map(|line| line.strip_prefix("anthropic-ratelimit-requests-reset: "))
+        .expect("it tells when");
+    assert!(reset.len() == 20 && reset.ends_with('Z'), "{reset}");
+    let gemini = || {
+        answer(
+            &server,
+            "POST /v1beta/models/g:generateContent",
+            "{\"contents\":[]}",
+        )
+    };
+    gemini();
+    let refused = gemini();
+    assert!(
+        refused.starts_with("HTTP/1.1 429") && refused.contains("google.rpc.RetryInfo"),
+        "{refused}"
+    );
+    let models = answer(&server, "GET /v1/models", "");
+    let listed: Vec<usize> = ["\"sim\"", "\"g\"", "\"m\""]
+        .iter()
+        .map(|name| models.find(name).expect("it is listed"))
+        .collect();
+    assert!(listed.is_sorted(), "{models}");
 }
 
 #[test]

@@ -132,6 +132,162 @@ fn a_soak_tells_memory_and_descriptors() {
     assert_eq!(output.status.code(), Some(0), "{told}");
 }
 
+/// A simulated upstream as a process of its own.
+struct Upstream(std::process::Child, String);
+
+impl Upstream {
+    fn start(arguments: &[&str]) -> Self {
+        use std::io::BufRead;
+        let mut child = Command::new(env!("CARGO_BIN_EXE_gateway-bench"))
+            .args(["upstream", "--listen", "127.0.0.1:0"])
+            .args(arguments)
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("the program runs");
+        let mut line = String::new();
+        std::io::BufReader::new(child.stdout.take().expect("it is piped"))
+            .read_line(&mut line)
+            .expect("it tells its address");
+        let url = line.trim().rsplit_once("on ").expect("it tells its address").1;
+        Self(child, format!("{url}/v1/chat/completions"))
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn stages_run_as_long_as_they_say() {
+    let upstream = Upstream::start(&["--behaviour", "tokens=1,first=0"]);
+    let output = bench(&[
+        "load",
+        "--url",
+        &upstream.1,
+        "--plain",
+        "--stages",
+        "0-100:400ms,100-100:400ms,100-0:400ms",
+        "--json",
+        "-",
+    ]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let elapsed = report["elapsed_s"].as_f64().unwrap();
+    assert!((1.15..2.0).contains(&elapsed), "{told}");
+    assert_eq!(
+        (&report["due"], &report["ok"]),
+        (&80.into(), &80.into()),
+        "{told}"
+    );
+}
+
+#[test]
+fn a_run_in_which_nothing_worked_says_so() {
+    let upstream = Upstream::start(&["--behaviour", "status=401"]);
+    let load = |further: &[&str]| {
+        let mut arguments = vec!["load", "--url", &upstream.1, "-n", "3"];
+        arguments.extend(further);
+        bench(&arguments)
+    };
+    let output = load(&[]);
+    let told = text(&output);
+    assert_eq!(output.status.code(), Some(1), "{told}");
+    assert!(
+        told.contains("unexpected status: 3") && told.contains("first answer not wanted: 401 {"),
+        "{told}"
+    );
+    assert_eq!(load(&["--any-status"]).status.code(), Some(0));
+}
+
+#[test]
+fn a_port_that_another_simulator_has_is_not_shared() {
+    let first = Upstream::start(&["--threads", "2"]);
+    let address = first.1.trim_start_matches("http://").split('/').next().unwrap();
+    for threads in ["1", "2"] {
+        let output = bench(&["upstream", "--listen", address, "--threads", threads]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output).contains("in use"), "{}", text(&output));
+    }
+}
+
+#[test]
+fn an_interrupted_run_reports_what_it_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("report.json");
+    let upstream = Upstream::start(&["--behaviour", "tokens=2,first=0,pace=1ms"]);
+    let load = Command::new(env!("CARGO_BIN_EXE_gateway-bench"))
+        .args([
+            "load",
+            "--url",
+            &upstream.1,
+            "--duration",
+            "60s",
+            "--progress",
+            "--json",
+        ])
+        .arg(&json)
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    // It tells how it goes once a second: by then it listens to signals.
+    let mut load = load;
+    let mut told = std::io::BufReader::new(load.stderr.take().unwrap());
+    std::io::BufRead::read_line(&mut told, &mut String::new()).unwrap();
+    let killed = Command::new("kill")
+        .args(["-INT", &load.id().to_string()])
+        .status();
+    assert!(killed.unwrap().success());
+    // Who reads nothing more must not hold it up.
+    std::io::copy(&mut told, &mut std::io::sink()).unwrap();
+    let output = load.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output));
+    assert!(text(&output).contains("INTERRUPTED"), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    assert!(report["ok"].as_u64().unwrap() > 0 && report["interrupted"] == true);
+}
+
+#[test]
+fn a_scenario_says_how_it_is_sent() {
+    let folder = tempfile::tempdir().unwrap();
+    let (json, html) = (folder.path().join("a.json"), folder.path().join("a.html"));
+    let upstream = Upstream::start(&[]);
+    let path = scenario(folder.path());
+    let mut arguments = vec![
+        "load",
+        "--url",
+        &upstream.1,
+        "--key",
+        "sk-secret",
+        "--max-tokens",
+        "3",
+    ];
+    let (path, json_path, html_path) = (
+        path.to_string_lossy(),
+        json.to_string_lossy(),
+        html.to_string_lossy(),
+    );
+    arguments.extend(["--scenario", &path, "--json", &json_path, "--html", &html_path]);
+    let output = bench(&arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+    let report: serde_json::Value = serde_json::from_slice(&std::fs::read(&json).unwrap()).unwrap();
+    // The file's four connections and its window, the option's tokens.
+    assert_eq!(report["connections_opened"], 4, "{}", text(&output));
+    assert!((0.25..0.6).contains(&report["elapsed_s"].as_f64().unwrap()));
+    assert_eq!(
+        report["tokens"].as_u64().unwrap(),
+        3 * report["ok"].as_u64().unwrap()
+    );
+    let page = std::fs::read_to_string(&html).unwrap();
+    assert!(page.contains("--key …") && !page.contains("sk-secret"));
+    arguments.push("--plain");
+    assert_eq!(bench(&arguments).status.code(), Some(2));
+}
+
 #[test]
 fn a_soak_of_a_process_that_is_not_there_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
@@ -187,6 +343,21 @@ fn wrong_words_are_told() {
         (&["load", "--stages", "5"], "FROM-TO:TIME"),
         (&["load", "--trace", "/no/such/file"], "/no/such/file"),
         (&["upstream", "--behaviour", "colour=red"], "colour=red"),
+        (&["load", "--html", "/no/such/page"], "/no/such/page"),
+        (&["load", "--keys", "/dev/null"], "no key"),
+        (&["load", "--pid", "4194305"], "4194305"),
+        (&["load", "--system-calls"], "--pid"),
+        (&["load", "--trace", "x", "--speed", "0"], "above 0"),
+        (
+            &[
+                "load",
+                "--url",
+                "http://h/models/a:generateContent",
+                "--model",
+                "b",
+            ],
+            "names the model a",
+        ),
     ] {
         let output = bench(arguments);
         assert_eq!(output.status.code(), Some(2), "{arguments:?}");

@@ -7,7 +7,7 @@ mod table;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 pub use machine::Machine;
 pub use results::{BASELINE, Cell, DIRECT, Figures, Results, Spread, TargetInfo, median};
@@ -37,8 +37,13 @@ pub struct Options {
 /// Runs everything and tells on standard error what it does. What cannot be run is skipped with a reason.
 ///
 /// # Errors
-/// Reports that cannot be written. Targets that fail are no errors: the results have the reason.
-pub fn run(stand: &Stand, options: &Options) -> Result<Results> {
+/// Reports that cannot be written, and those of `after`, which is called with what stands after each scenario. Targets that
+/// fail are no errors: the results have the reason.
+pub fn run(
+    stand: &Stand,
+    options: &Options,
+    mut after: impl FnMut(&Results) -> Result<()>,
+) -> Result<Results> {
     let mut results = Results {
         machine: Machine::read(),
         command: options.command.clone(),
@@ -57,7 +62,8 @@ pub fn run(stand: &Stand, options: &Options) -> Result<Results> {
             .collect(),
         cells: Vec::new(),
     };
-    std::fs::create_dir_all(&options.out)?;
+    std::fs::create_dir_all(&options.out)
+        .with_context(|| format!("cannot make {}", options.out.display()))?;
     for scenario in &options.scenarios {
         stand.set(scenario)?;
         let mut cells: Vec<Cell> = options
@@ -73,12 +79,16 @@ pub fn run(stand: &Stand, options: &Options) -> Result<Results> {
         }
         for round in 1..=options.rounds {
             for (cell, target) in cells.iter_mut().zip(&options.targets) {
-                if cell.skipped.is_none() {
+                if cell.skipped.is_none() && !sys::interrupted() {
                     one(stand, options, scenario, target, round, cell)?;
                 }
             }
         }
         results.cells.extend(cells);
+        after(&results)?;
+        if sys::interrupted() {
+            break;
+        }
     }
     Ok(results)
 }
@@ -95,6 +105,10 @@ fn one(
         let load = stand.options(scenario, target, running.as_ref(), options.window)?;
         stand.run(&load)
     });
+    if sys::interrupted() {
+        // The signal went to the target and the upstream too: what the run saw of them means nothing.
+        return Ok(());
+    }
     match report {
         Ok(report) => {
             let figures = Figures::of(scenario.figure, &report);
@@ -102,7 +116,8 @@ fn one(
             let path = options
                 .out
                 .join(format!("{}.{}.{round}.json", scenario.name, target.name));
-            std::fs::write(path, serde_json::to_string(&report)? + "\n")?;
+            std::fs::write(&path, serde_json::to_string(&report)? + "\n")
+                .with_context(|| format!("cannot write {}", path.display()))?;
             cell.reports.push(report);
         }
         Err(error) => {

@@ -1,6 +1,7 @@
 //! The results as text, and what in them a reader would otherwise have to reckon.
 
 use super::results::{BASELINE, Cell, DIRECT, Figures, Results, Spread, median};
+use crate::load::Report;
 
 /// Share by which what clients received may differ from what they receive directly: heads do.
 const BYTES_TOLERANCE: f64 = 0.1;
@@ -12,7 +13,7 @@ impl Results {
     pub fn table(&self) -> String {
         let mut lines = self.head();
         lines.push(format!(
-            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>8}{:>9}{:>7}",
+            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>8}{:>9}{:>9}{:>7}",
             "scenario",
             "target",
             "rate/s",
@@ -26,6 +27,7 @@ impl Results {
             "+p50 ms",
             "+p99 ms",
             "calls",
+            "switches",
             "failed"
         ));
         let mut skipped = Vec::new();
@@ -45,7 +47,7 @@ impl Results {
             "cost: CPU of the target (direct: of the upstream) in us per event, or per request where the scenario is of \
              requests; in `memory` resident bytes per open stream. ratio: cost over {BASELINE}'s in the same round. p50, p99: \
              sent by the upstream to read by the client where tokens are stamped, else whole requests; +p50, +p99: less \
-             direct's. calls: system calls per event or request. Medians of {} rounds.",
+             direct's. calls, switches: system calls and context switches per event or request. Medians of {} rounds.",
             self.rounds
         ));
         lines.join("\n")
@@ -96,7 +98,7 @@ impl Results {
         let direct = direct.filter(|_| cell.target != DIRECT).unwrap_or_default();
         let added = |of: fn(&Figures) -> Option<f64>| Some(middle(&figures, of)? - middle(&direct, of)?);
         format!(
-            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>8}{:>9}{:>7}",
+            "{:<12}{:<9}{:>11}{:>12}{:>16}{:>8}{:>16}{:>9}{:>9}{:>9}{:>8}{:>8}{:>9}{:>9}{:>7}",
             cell.scenario,
             cell.target,
             number(middle(&figures, |figures| Some(figures.rate)), 0),
@@ -110,6 +112,7 @@ impl Results {
             number(added(p50_ms), 2),
             number(added(p99_ms), 2),
             number(middle(&figures, |figures| figures.system_calls), 2),
+            number(middle(&figures, |figures| figures.switches), 3),
             figures.iter().map(|figures| figures.failures).sum::<u64>(),
         )
     }
@@ -117,9 +120,17 @@ impl Results {
     /// What idle streams added, and what was not the same work, a line each.
     pub fn remarks(&self) -> Vec<String> {
         let run = self.cells.iter().filter(|cell| !cell.reports.is_empty());
-        run.flat_map(|cell| [self.beside(cell), self.unlike(cell), self.reopened(cell)])
-            .flatten()
-            .collect()
+        run.flat_map(|cell| {
+            [
+                self.beside(cell),
+                self.unlike(cell),
+                self.reopened(cell),
+                not_started(cell),
+                refused(cell),
+            ]
+        })
+        .flatten()
+        .collect()
     }
 
     /// Its delay against that of the scenario that it is to be compared with, for the same target, round by round.
@@ -177,6 +188,28 @@ impl Results {
     }
 }
 
+/// Requests that its rate would have had, and that found no free connection.
+fn not_started(cell: &Cell) -> Option<String> {
+    let sum = |of: fn(&Report) -> u64| cell.reports.iter().map(of).sum::<u64>();
+    let (not_started, due) = (sum(|report| report.not_started), sum(|report| report.due));
+    (not_started > 0).then(|| {
+        format!(
+            "not the whole load: {}, {}: {not_started} of {due} requests were never started",
+            cell.scenario, cell.target
+        )
+    })
+}
+
+/// What an answer said that was not wanted.
+fn refused(cell: &Cell) -> Option<String> {
+    let mut reports = cell.reports.iter();
+    let refusal = reports.find_map(|report| report.first_refusal.as_ref())?;
+    Some(format!(
+        "not wanted: {}, {}: {refusal}",
+        cell.scenario, cell.target
+    ))
+}
+
 fn p50_ms(figures: &Figures) -> Option<f64> {
     Some(figures.p50_us as f64 / 1e3)
 }
@@ -202,7 +235,7 @@ fn range(spread: Option<Spread>, digits: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::load::{Latency, Report};
+    use crate::load::Latency;
     use crate::scenario::Figure;
 
     fn cell(scenario: &str, target: &str, p99_us: &[u64], bytes: u64) -> Cell {
@@ -268,6 +301,8 @@ mod tests {
     fn unequal_work_is_named() {
         let mut leaky = cell("busy", "leaky", &[1], 3000);
         leaky.reports[0].requests = 1_000;
+        (leaky.reports[0].due, leaky.reports[0].not_started) = (50, 7);
+        leaky.reports[0].first_refusal = Some("503 no".to_owned());
         let told = table(vec![cell("busy", DIRECT, &[1], 2000), leaky]);
         assert!(
             told.contains("not the same bytes: busy, leaky: 300 for each, 200 directly"),
@@ -277,5 +312,10 @@ mod tests {
             told.contains("connections not kept: busy, leaky: 900 were opened, 8 directly"),
             "{told}"
         );
+        assert!(
+            told.contains("busy, leaky: 7 of 50 requests were never"),
+            "{told}"
+        );
+        assert!(told.contains("not wanted: busy, leaky: 503 no"), "{told}");
     }
 }

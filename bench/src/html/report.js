@@ -27,18 +27,23 @@ const cost = (cell, report) => {
   return known.length ? sum(known) : null;
 };
 const failures = (report) => sum(Object.values(report.failures));
-const latency = (report) => (report.delay.count ? report.delay : report.total.count ? report.total : report.ttft);
+const latencyName = (report) => (report.delay.count ? "delay" : report.total.count ? "total" : "ttft");
+const latency = (report) => report[latencyName(report)];
+const milliseconds = (micros) => (micros === null || micros === undefined ? null : micros / 1e3);
 
 function ticks(low, high, log) {
   if (log) {
-    const marks = [];
-    for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
-      for (const step of high / low > 300 ? [1] : [1, 2, 5]) {
-        const mark = step * 10 ** power;
-        if (mark >= low * 0.999 && mark <= high * 1.001) marks.push(mark);
+    for (const steps of high / low > 300 ? [[1], [1, 2, 5]] : [[1, 2, 5]]) {
+      const marks = [];
+      for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
+        for (const step of steps) {
+          const mark = step * 10 ** power;
+          if (mark >= low * 0.999 && mark <= high * 1.001) marks.push(mark);
+        }
       }
+      if (marks.length > 2) return marks;
     }
-    return marks;
+    // Over a narrow range too few of them fall, and even steps can be read as well.
   }
   const raw = (high - low) / 4 || 1;
   const power = 10 ** Math.floor(Math.log10(raw));
@@ -47,6 +52,11 @@ function ticks(low, high, log) {
   for (let mark = Math.ceil(low / step) * step; mark <= high + step / 1e6; mark += step) marks.push(mark);
   return marks;
 }
+// As many digits behind the point as tell a mark from its neighbour.
+const digits = (marks, mark) => {
+  const step = marks.length > 1 ? Math.min(mark || Infinity, marks[1] - marks[0]) : mark || 1;
+  return Math.min(3, Math.max(0, -Math.floor(Math.log10(step) + 1e-9)));
+};
 
 // A chart of lines. `lines`: [{ name, points: [[x, y]] }].
 function chart(title, note, lines, options = {}) {
@@ -66,14 +76,15 @@ function chart(title, note, lines, options = {}) {
   const X = (x) => left + ((x - x0) / (x1 - x0 || 1)) * (width - left - right);
   const Y = (y) => height - bottom - ((scale(y) - scale(y0)) / (scale(y1) - scale(y0) || 1)) * (height - top - bottom);
   let svg = "";
-  for (const mark of ticks(y0, y1, options.logY)) {
+  const marks = ticks(y0, y1, options.logY);
+  for (const mark of marks) {
     svg += `<line x1="${left}" x2="${width - right}" y1="${Y(mark)}" y2="${Y(mark)}" stroke="#e6ebef"/>`;
-    svg += `<text x="${left - 6}" y="${Y(mark) + 4}" text-anchor="end">${number(mark, mark < 1 ? 2 : 0)}</text>`;
+    svg += `<text x="${left - 6}" y="${Y(mark) + 4}" text-anchor="end">${mark.toLocaleString("en", { maximumFractionDigits: digits(marks, mark) })}</text>`;
   }
   for (const [x, label] of options.xTicks ?? ticks(x0, x1, false).map((x) => [x, number(x, 0)])) {
     if (x < x0 || x > x1) continue;
     svg += `<line x1="${X(x)}" x2="${X(x)}" y1="${top}" y2="${height - bottom}" stroke="#f0f3f5"/>`;
-    svg += `<text x="${X(x)}" y="${height - bottom + 15}" text-anchor="middle">${label}</text>`;
+    svg += `<text x="${X(x)}" y="${height - bottom + 15}" text-anchor="${X(x) > width - right - 16 ? "end" : "middle"}">${label}</text>`;
   }
   svg += `<text x="${width - right}" y="${height - 4}" text-anchor="end">${escape(options.xLabel ?? "")}</text>`;
   for (const line of shown) {
@@ -108,7 +119,7 @@ const QUANTILES = [[0, "p0"], [1, "p90"], [2, "p99"], [3, "p99.9"], [4, "p99.99"
 function curve(title, note, cells, field) {
   const lines = cells.map((cell) => ({
     name: cell.target,
-    points: (cell.reports[cell.reports.length >> 1].curves[field] ?? []).map(([q, us]) => [-Math.log10(1 - q), Math.max(us, 1) / 1e3]),
+    points: (cell.reports[cell.reports.length >> 1].curves[field] ?? []).filter(([, us]) => us > 0).map(([q, us]) => [-Math.log10(1 - q), us / 1e3]),
   }));
   return chart(title, note, lines, { logY: true, xTicks: QUANTILES, xLabel: "share of all that is faster" });
 }
@@ -133,7 +144,46 @@ function ratios(cell) {
 const shade = (ratio) => (ratio === null ? "" : ratio <= 1 ? "good" : "soft");
 const failedOf = (cell) => sum(cell.reports.map(failures));
 
+// Context switches of the target for each event or request.
+const switches = (per, report) => {
+  const known = report.processes.map((process) => process[`switches_per_${per}`]).filter((value) => value !== null && value !== undefined);
+  return known.length ? sum(known) : null;
+};
+const NAMES = { connect: "connect", cut: "cut", malformed: "malformed", timeout: "timeout", mismatch: "token mismatch", border: "event border", no_finish: "no finish reason",
+  no_done: "no [DONE]", error_event: "error event", status: "unexpected status" };
+
+// What was answered, all rounds together.
+function answers(cells) {
+  const rows = cells.map((cell) => {
+    const all = (of) => sum(cell.reports.map(of));
+    const added = (field) => cell.reports.flatMap((report) => Object.entries(report[field])).reduce((sums, [key, count]) => ({ ...sums, [key]: (sums[key] ?? 0) + count }), {});
+    const listed = (sums, name) => Object.entries(sums).filter(([, count]) => count).map(([key, count]) => `${name(key)}: ${count}`).join(", ");
+    const failed = listed(added("failures"), (key) => NAMES[key] ?? key);
+    const notStarted = all((report) => report.not_started);
+    const said = [...new Set(cell.reports.flatMap((report) => [report.first_refusal, report.first_error, report.interrupted ? `interrupted, ${report.left} under way` : null,
+      ...report.processes_gone.map((pid) => `process ${pid} ended`), report.system_calls_missing ? `system calls: ${report.system_calls_missing}` : null]).filter((text) => text))];
+    return `<tr><td><b style="color:${colour(cell.target)}">${escape(cell.target)}</b></td><td>${all((r) => r.requests)}</td><td class="${all((r) => r.ok) || !all((r) => r.failures.status) ? "" : "bad"}">${all((r) => r.ok)}</td>
+      <td class="text">${escape(listed(added("status"), (key) => key)) || "none"}</td><td class="text ${failed ? "bad" : ""}">${escape(failed) || "none"}</td><td>${all((r) => r.not_timed)}</td>
+      <td>${all((r) => r.hung_up)}</td><td>${all((r) => r.late_starts)}</td><td class="${notStarted ? "bad" : ""}">${notStarted}</td>
+      <td>${all((r) => r.tokens)}</td><td>${all((r) => r.connections_opened)}</td><td class="text">${escape(said.join(" · "))}</td></tr>`;
+  });
+  return `<table><tr><th>target</th><th>requests</th><th>ok (200)</th><th class="text">by status</th><th class="text">failures</th><th>not timed</th><th>hung up</th><th>late starts</th><th>never started</th>
+    <th>tokens</th><th>connections</th><th class="text">first error</th></tr>${rows.join("")}</table>`;
+}
+
+// Latencies of the middle round.
+function latencies(cells) {
+  const rows = cells.flatMap((cell) => {
+    const report = cell.reports[cell.reports.length >> 1];
+    return [["ttft", "first token"], ["inter_token", "between tokens"], ["total", "whole request"], ["delay", "delay"]].filter(([field]) => report[field].count).map(([field, name]) =>
+      `<tr><td><b style="color:${colour(cell.target)}">${escape(cell.target)}</b></td><td class="text">${name}</td><td>${report[field].count}</td><td>${number(report[field].mean_us / 1e3)}</td>
+      ${["p50_us", "p90_us", "p99_us", "p999_us", "max_us"].map((quantile) => `<td>${number(report[field][quantile] / 1e3)}</td>`).join("")}</tr>`);
+  });
+  return rows.length ? `<table><tr><th>target</th><th class="text">latency, ms</th><th>samples</th><th>mean</th><th>p50</th><th>p90</th><th>p99</th><th>p99.9</th><th>max</th></tr>${rows.join("")}</table>` : "";
+}
+
 function summary(cells) {
+  const of = { delay: "delay", total: "whole request", ttft: "first token" }[latencyName(cells[0].reports[0])];
   const direct = cells.find((cell) => cell.target === "direct");
   const at = (cell, field) => median(cell.reports.map((report) => latency(report)[field] / 1e3));
   const over = (cell, field) => (direct && cell !== direct ? number(at(cell, field) - at(direct, field)) : "–");
@@ -149,11 +199,12 @@ function summary(cells) {
       <td>${number(middle((r) => sum(r.processes.map((p) => p.cores)) * 100), 0)}</td>
       <td>${number(at(cell, "p50_us"))}</td><td>${number(at(cell, "p99_us"))}</td><td>${over(cell, "p50_us")}</td><td>${over(cell, "p99_us")}</td>
       <td>${number(middle((r) => (per === "request" ? r.system_calls_per_request : r.system_calls_per_event)))}</td>
+      <td>${number(middle((r) => switches(per, r)))}</td>
       <td>${number(middle((r) => sum(r.processes.map((p) => p.resident_after_bytes)) / 1048576), 0)}</td>
       <td class="${failed ? "bad" : ""}">${failed}</td></tr>`;
   });
-  return `<table><tr><th>target</th><th>${per}s/s</th><th>${UNIT[cells[0].figure]}</th><th>to nginx (low–high)</th><th>core %</th><th>p50 ms</th><th>p99 ms</th>
-    <th>p50 over direct</th><th>p99 over direct</th><th>system calls per ${per}</th><th>MiB</th><th>failed</th></tr>${rows.join("")}</table>`;
+  return `<table><tr><th>target</th><th>${per}s/s</th><th>${UNIT[cells[0].figure]}</th><th>to nginx (low–high)</th><th>core %</th><th>${of} p50 ms</th><th>${of} p99 ms</th>
+    <th>p50 over direct</th><th>p99 over direct</th><th>system calls per ${per}</th><th>context switches per ${per}</th><th>MiB</th><th>failed</th></tr>${rows.join("")}</table>`;
 }
 
 // Every scenario on one line: what each target costs, and how that is to nginx.
@@ -210,14 +261,14 @@ for (const name of names) {
     return { name: cell.target, value: median(values), low: Math.min(...values), high: Math.max(...values), text: number(median(values)) };
   });
   const dots = (field) => cells.some((cell) => cell.reports[0][field].count);
-  add(`<div class="legend">${cells.map((cell) => `<span><i style="background:${colour(cell.target)}"></i>${escape(cell.target)}</span>`).join("")}</div>` + summary(cells) + parts(cells) + `<div class="grid">` +
+  add(`<div class="legend">${cells.map((cell) => `<span><i style="background:${colour(cell.target)}"></i>${escape(cell.target)}</span>`).join("")}</div>` + summary(cells) + answers(cells) + latencies(cells) + parts(cells) + `<div class="grid">` +
     bars(UNIT[all[0].figure], "less is better; line: lowest and highest round" + (cells.some((cell) => cell.target === "direct") ? "; direct: of the upstream itself" : ""), costs) +
     (stamped ? curve("Delay of each token, ms", "sent by the upstream to read by the client, one clock", cells, "delay") : "") +
     (dots("ttft") ? curve("Time to first token, ms", "from when the request was due", cells, "ttft") : "") +
     (dots("inter_token") ? curve("Time between tokens, ms", "as the client reads them", cells, "inter_token") : "") +
     curve("Whole request, ms", "from when it was due to its end", cells, "total") +
     course("Rate", all[0].figure === "request" ? "requests per second" : "events per second", cells, (point) => (all[0].figure === "request" ? point.requests_per_s : point.events_per_s)) +
-    course(stamped ? "Delay p99 over time, ms" : "First token or whole answer, p99 over time, ms", "of each interval", cells, (point) => (stamped ? point.delay_p99_us : point.first_p99_us) / 1e3) +
+    course(stamped ? "Delay p99 over time, ms" : "First token or whole answer, p99 over time, ms", "of each interval", cells, (point) => milliseconds(stamped ? point.delay_p99_us : point.first_p99_us)) +
     course("CPU of the target, cores", "of each interval", cells, (point) => point.cores) +
     course("Resident memory of the target, MiB", "", cells, (point) => (point.resident_bytes ? point.resident_bytes / 1048576 : null)) +
     course("Requests under way", "", cells, (point) => point.active) + `</div>`);

@@ -96,7 +96,12 @@ pub(super) struct Client {
     pub reusable: bool,
     /// The error that ended the connection, if it was one.
     pub error: Option<io::Error>,
+    /// The beginning of an answer with a status that was not wanted: it says why.
+    refusal: Vec<u8>,
 }
+
+/// Bytes of such an answer that are kept.
+const REFUSAL_BYTES: usize = 200;
 
 impl Client {
     pub fn new(link: Link, api: Api, part: usize) -> Self {
@@ -116,7 +121,14 @@ impl Client {
             pause_timer: 0,
             reusable: true,
             error: None,
+            refusal: Vec::new(),
         }
+    }
+
+    /// The beginning of the present answer where its status was not wanted, on one line.
+    pub fn refusal(&self) -> String {
+        let text = String::from_utf8_lossy(&self.refusal);
+        text.replace(char::is_control, " ").trim().to_owned()
     }
 
     /// Tokens of the present answer.
@@ -138,6 +150,7 @@ impl Client {
         self.sent = 0;
         self.reusable = true;
         self.checker.reset(check);
+        self.refusal.clear();
         if matches!(self.phase, Phase::Idle) {
             self.phase = Phase::Head;
         }
@@ -223,6 +236,11 @@ impl Client {
     /// The connection cannot go on.
     fn over(&mut self, outcome: Outcome) -> Progress {
         self.reusable = false;
+        // Before the handshake is over there is no connection yet.
+        let outcome = match outcome {
+            Outcome::Cut if self.link.is_handshaking() => Outcome::Connect,
+            other => other,
+        };
         match self.started_ns {
             Some(_) => Progress::Ended(outcome),
             None => Progress::Gone,
@@ -292,10 +310,16 @@ impl Client {
         };
         let (status, close) = (*status, *close);
         let checker = &mut self.checker;
+        let refusal = &mut self.refusal;
+        let wanted = plan.part.expect_status == Some(status);
         let mut feed = |data: &[u8]| match (status, plan.stream) {
             (200, true) => checker.feed_stream(&plan.needles, data),
             (200, false) => checker.feed_plain(data),
-            _ => {}
+            _ if wanted => {}
+            _ => {
+                let room = REFUSAL_BYTES - refusal.len();
+                refusal.extend_from_slice(&data[..data.len().min(room)]);
+            }
         };
         let mut eaten = 0;
         let done = match framing {

@@ -27,6 +27,8 @@ pub(super) const WAIT_STEP_NS: u64 = 1_000_000;
 const READ_BYTES: usize = 64 * 1024;
 /// Reads that one connection may do before the others have their turn.
 const READS_A_TURN: usize = 16;
+/// Longest time between two looks whether the run is to end early: a signal wakes one thread only.
+const LOOK_NS: u64 = 250_000_000;
 /// How long nothing is started after a connection has failed.
 const CONNECT_REST_NS: u64 = 10_000_000;
 
@@ -119,7 +121,16 @@ impl<'a> Engine<'a> {
             }
             let over = now_ns >= edges.end_ns;
             if over {
+                self.close_open_loop(edges.end_ns);
                 self.tally.close_slice(now_ns);
+            }
+            if sys::interrupted() {
+                // Whoever asked does not want to wait for what is under way: it is counted and left.
+                self.tally.report.interrupted = true;
+                self.tally.report.left = (self.starter.active - self.starter.held) as u64;
+                self.tally.report.open_streams = self.starter.held_streaming as u64;
+                self.count_not_started(now_ns);
+                break;
             }
             let more =
                 !over && (self.base_ns.is_none() || self.starter.may_start() || self.starter.only_holds());
@@ -221,6 +232,7 @@ impl<'a> Engine<'a> {
         let edge_in_ns = edge_ns.map(|edge_ns| edge_ns.saturating_sub(now_ns));
         let tick_in_ns = Some(self.tally.next_tick_in_ns(now_ns));
         let waits = [
+            Some(LOOK_NS),
             self.wheel.next_in_ns(now_ns),
             starts_in_ns,
             edge_in_ns,
@@ -368,6 +380,11 @@ impl<'a> Engine<'a> {
                 }
                 self.starter.ended(part, client.tokens() > 0);
                 let expected = self.plans[part].part.expect_status;
+                if let (Outcome::Whole(status), None) = (outcome, &self.tally.report.first_refusal)
+                    && status != expected.unwrap_or(200)
+                {
+                    self.tally.report.first_refusal = Some(format!("{status} {}", client.refusal()));
+                }
                 self.tally.ended(part, outcome, expected, now_ns, started_ns);
                 if outcome == Outcome::Connect {
                     self.rest_until_ns = now_ns + CONNECT_REST_NS;

@@ -15,6 +15,8 @@ use rustls::{
 };
 use socket2::{Domain, Protocol, Socket, Type};
 
+use super::invalid;
+
 /// Receive buffer of a slow reader in bytes: a large one would hide that it is slow.
 const SLOW_RECEIVE_BYTES: usize = 4096;
 
@@ -49,6 +51,9 @@ impl Trust {
                     roots
                         .add(certificate.map_err(io::Error::other)?)
                         .map_err(io::Error::other)?;
+                }
+                if roots.is_empty() {
+                    return Err(invalid("there is no certificate among the authorities"));
                 }
                 builder.with_root_certificates(roots).with_no_client_auth()
             }
@@ -165,6 +170,14 @@ impl Link {
             Ok(_) => Ok(true),
             Err(error) if error.kind() == ErrorKind::NotConnected => Ok(false),
             Err(error) => Err(error),
+        }
+    }
+
+    /// Whether a TLS handshake is still under way.
+    pub fn is_handshaking(&self) -> bool {
+        match self {
+            Self::Plain(_) => false,
+            Self::Tls(stream) => stream.conn.is_handshaking(),
         }
     }
 

@@ -87,6 +87,14 @@ impl Default for Part {
     }
 }
 
+impl Part {
+    /// Asks for no more than `most` tokens.
+    pub fn limit_tokens(&mut self, most: u32) {
+        self.max_tokens = Some(self.max_tokens.map_or(most, |own| own.min(most)));
+        self.expect_tokens = self.expect_tokens.map(|tokens| tokens.min(most.into()));
+    }
+}
+
 /// The bytes of one request: what depends on the key, and what depends on the prompt.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
@@ -117,6 +125,7 @@ pub(super) struct Plan {
 impl Plan {
     pub fn new(part: &Part, url: &Url, options: &Options) -> io::Result<Self> {
         let path = part.path.as_ref().unwrap_or(&url.path);
+        let path = &path.replace("{model}", &part.model);
         let api = Api::of(path);
         let prompts = part.prompts.max(1);
         if part.prompt_bytes.saturating_mul(prompts as usize) > PROMPTS_BYTES_MAX {
@@ -149,7 +158,8 @@ impl Plan {
             tails: tails.collect(),
             heads,
             needles: Needles::new(api),
-            stream: part.stream && api != Api::Embeddings,
+            // Gemini's path says whether the answer is a stream.
+            stream: part.stream && api != Api::Embeddings && !path.contains(":generateContent"),
             slow_read_bytes: part
                 .slow_reader
                 .map(|rate| (rate / SLOW_READS_PER_S).max(1) as usize),
@@ -284,13 +294,17 @@ fn body(part: &Part, api: Api, text: &str, max_tokens: Option<u32>) -> Value {
             if let Some(tokens) = max_tokens {
                 body["generationConfig"] = json!({ "maxOutputTokens": tokens });
             }
+            if part.tools > 0 {
+                let tools: Value = (0..part.tools).map(|index| tool(index, api)).collect();
+                body["tools"] = json!([{ "functionDeclarations": tools }]);
+            }
             return body;
         }
     };
     body["model"] = part.model.as_str().into();
     if api == Api::Messages {
         body["max_tokens"] = max_tokens.unwrap_or(MESSAGES_TOKENS).into();
-    } else if let Some(tokens) = max_tokens {
+    } else if let Some(tokens) = max_tokens.filter(|_| api != Api::Embeddings) {
         let name = if api == Api::Responses {
             "max_output_tokens"
         } else {
@@ -342,6 +356,9 @@ fn tool(index: u32, api: Api) -> Value {
     let about = "Looks something up and says where it was found";
     match api {
         Api::Messages => json!({ "name": name, "description": about, "input_schema": schema }),
+        Api::Gemini | Api::GeminiArray => {
+            json!({ "name": name, "description": about, "parameters": schema })
+        }
         Api::Responses => {
             json!({ "type": "function", "name": name, "description": about, "parameters": schema })
         }
@@ -395,6 +412,15 @@ mod tests {
         let url = "http://h/v1beta/models/sim:streamGenerateContent?alt=sse";
         let (head, body) = parsed(&plan(&Part::default(), url, &["k"]).request(0));
         assert!(head.contains("x-goog-api-key: k\r\n"));
+        let part = Part {
+            model: "m".to_owned(),
+            tools: 2,
+            ..Part::default()
+        };
+        let plan = plan(&part, "http://h/v1beta/models/{model}:generateContent", &["k"]);
+        let (head, tooled) = parsed(&plan.request(0));
+        assert!(head.starts_with("POST /v1beta/models/m:generateContent ") && !plan.stream);
+        assert_eq!(tooled["tools"][0]["functionDeclarations"][1]["name"], "look_up_1");
         assert_eq!(
             body["contents"][0]["parts"][0]["text"].as_str().unwrap().len(),
             256

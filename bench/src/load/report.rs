@@ -36,7 +36,8 @@ impl Latency {
     }
 }
 
-/// Why requests failed. Statuses are not failures unless a part says which it must have; [`Report::status`] counts them.
+/// Why requests failed. A status is a failure only where its part says which it must have, as the command line and scenarios
+/// do unless they are told that any will do; [`Report::status`] counts all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failures {
     /// No connection came about.
@@ -80,7 +81,8 @@ impl Failures {
 }
 
 /// What a run found out. Rates and costs are of the measured window: after the warm-up, until the last request started
-/// was due to end or the time was up. Everything else also counts requests that ended after that.
+/// was due to end or the time was up. Everything else also counts requests that ended after that. Rates and costs share out
+/// all requests that ended, latencies only those that ended as wanted, and timeouts.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Report {
@@ -103,6 +105,10 @@ pub struct Report {
     pub failures: Failures,
     /// What the first connection that failed said, if it said anything.
     pub first_error: Option<String>,
+    /// Status and beginning of the first answer whose status was not wanted.
+    pub first_refusal: Option<String>,
+    /// Requests that ended too early, or with a status that was not wanted, so that `total` does not have them.
+    pub not_timed: u64,
     /// Content tokens seen.
     pub tokens: u64,
     pub events: u64,
@@ -111,18 +117,27 @@ pub struct Report {
     pub connections_opened: u64,
     /// Streams that were open when the memory was read (`--idle`).
     pub open_streams: u64,
-    /// Open loop: requests that started late because no connection was free.
+    /// Open loop: requests that were due.
+    pub due: u64,
+    /// Of them, those that started late because no connection was free.
     pub late_starts: u64,
+    /// Of them, those that had no connection until the end and were never sent. No latency has them.
+    pub not_started: u64,
+    /// A signal ended the run early; so many requests were under way then and are in no other count.
+    pub interrupted: bool,
+    pub left: u64,
     /// Start (in the open loop: the start that was due) to first token.
     pub ttft: Latency,
     /// Token to token.
     pub inter_token: Latency,
-    /// Start to end.
+    /// Start to end, of answers with 200 or the status that was wanted. A timeout counts with the time that it took.
     pub total: Latency,
     /// Sent by the simulator (`stamp`) to read here, by one clock: less what it is without the target between, it is what
     /// the target adds to each token.
     pub delay: Latency,
     pub processes: Vec<Cost>,
+    /// Processes that were to be measured and ended before the window did.
+    pub processes_gone: Vec<u32>,
     /// System calls of the processes in the time after the window.
     pub system_calls: u64,
     pub system_calls_per_request: Option<f64>,
@@ -198,11 +213,11 @@ pub struct Point {
     /// Requests under way.
     pub active: u64,
     pub failures: u64,
-    /// Time to first token, or total where nothing is streamed, of this interval.
-    pub first_p50_us: u64,
-    pub first_p99_us: u64,
-    pub delay_p50_us: u64,
-    pub delay_p99_us: u64,
+    /// Time to first token, or total where nothing is streamed, of this interval; `None` where nothing was timed in it.
+    pub first_p50_us: Option<u64>,
+    pub first_p99_us: Option<u64>,
+    pub delay_p50_us: Option<u64>,
+    pub delay_p99_us: Option<u64>,
     /// CPU of the measured processes, in cores.
     pub cores: f64,
     pub resident_bytes: u64,
@@ -237,16 +252,24 @@ impl Report {
         if self.first_error.is_none() {
             self.first_error.clone_from(&other.first_error);
         }
+        if self.first_refusal.is_none() {
+            self.first_refusal.clone_from(&other.first_refusal);
+        }
+        self.not_timed += other.not_timed;
         self.tokens += other.tokens;
         self.events += other.events;
         self.bytes += other.bytes;
         self.connections_opened += other.connections_opened;
         self.open_streams += other.open_streams;
+        self.due += other.due;
         self.late_starts += other.late_starts;
+        self.not_started += other.not_started;
+        self.interrupted |= other.interrupted;
+        self.left += other.left;
     }
 
-    /// Whether every request ended as the simulator and the options meant it to. Statuses do not matter here.
+    /// Whether every request that was due was sent and ended as the simulator and the options meant it to.
     pub fn is_sound(&self) -> bool {
-        self.failures.total() == 0
+        self.failures.total() == 0 && self.not_started == 0
     }
 }

@@ -42,6 +42,8 @@ pub(super) struct Starter {
     held_wanted: usize,
     /// The start that is due has been counted as late.
     late: bool,
+    /// The open loop's time is up, and what it did not start is counted.
+    closed: bool,
 }
 
 impl Starter {
@@ -96,6 +98,7 @@ impl Starter {
             held: 0,
             held_streaming: 0,
             late: false,
+            closed: false,
         }
     }
 
@@ -118,6 +121,30 @@ impl Starter {
         !self.only_holds()
             && self.requests_max.is_none_or(|most| self.started < most)
             && self.trace.as_ref().is_none_or(|trace| !trace.is_over())
+    }
+
+    /// When the open loop's next request is due, in nanoseconds since the start.
+    fn due_ns(&mut self) -> Option<u64> {
+        match (&self.trace, &mut self.schedule) {
+            (Some(trace), _) => trace.due_ns(),
+            (None, Some(schedule)) => schedule.due_ns(),
+            (None, None) => None,
+        }
+    }
+
+    /// Goes past the requests that were due before `end_ns` and counts them.
+    fn skip_until(&mut self, end_ns: u64) -> u64 {
+        let most = self.requests_max.map_or(u64::MAX, |most| most - self.started);
+        let mut skipped = 0;
+        while skipped < most && self.due_ns().is_some_and(|due_ns| due_ns < end_ns) {
+            if let Some(trace) = &mut self.trace {
+                trace.skip();
+            } else if let Some(schedule) = &mut self.schedule {
+                schedule.advance();
+            }
+            skipped += 1;
+        }
+        skipped
     }
 
     /// A request of `part` has ended.
@@ -230,12 +257,7 @@ impl Engine<'_> {
             if !self.starter.may_start() {
                 return None;
             }
-            let since_ns = match (&self.starter.trace, &mut self.starter.schedule) {
-                (Some(trace), _) => trace.due_ns(),
-                (None, Some(schedule)) => schedule.due_ns(),
-                (None, None) => None,
-            }?;
-            let due_ns = base_ns + since_ns;
+            let due_ns = base_ns + self.starter.due_ns()?;
             if due_ns > now_ns {
                 return Some(due_ns - now_ns);
             }
@@ -247,9 +269,33 @@ impl Engine<'_> {
             }
             self.starter.late = false;
             let part = self.starter.chooser.next()?;
+            self.tally.report.due += 1;
             self.start_next_of_loop(part, due_ns);
         }
         Some(0)
+    }
+
+    /// The open loop ends at `end_ns`: what was due before and can be started is, the rest is counted. Without that a server
+    /// so slow that no connection gets free would hide all whom it kept waiting.
+    pub(super) fn close_open_loop(&mut self, end_ns: u64) {
+        let Some(base_ns) = self.base_ns.filter(|_| self.starter.is_open_loop()) else {
+            return;
+        };
+        if !self.starter.closed {
+            while self.start_open(end_ns - 1, base_ns) == Some(0) {}
+            self.count_not_started(end_ns);
+        }
+    }
+
+    /// Counts what was due before `end_ns` and has not been started; nothing is started afterwards.
+    pub(super) fn count_not_started(&mut self, end_ns: u64) {
+        let Some(base_ns) = self.base_ns.filter(|_| !self.starter.closed) else {
+            return;
+        };
+        self.starter.closed = true;
+        let skipped = self.starter.skip_until(end_ns - base_ns);
+        self.tally.report.due += skipped;
+        self.tally.report.not_started += skipped;
     }
 
     fn start_next_of_loop(&mut self, part: usize, due_ns: u64) {

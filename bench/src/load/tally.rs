@@ -143,6 +143,7 @@ impl Tally {
         if self.opened.is_none() {
             self.opened = Some(self.mark(now_ns));
             self.lanes.iter_mut().for_each(Lane::reset);
+            self.report.not_timed = 0;
         }
     }
 
@@ -230,17 +231,27 @@ impl Tally {
         lane.report.requests += 1;
         let failures_before = report.failures.total();
         let failures = &mut report.failures;
+        // Who refuses at once must not look fast, and who never answers must not be left out.
+        let timed = match outcome {
+            Outcome::Whole(status) => status == 200 || expected == Some(status),
+            Outcome::Timeout => true,
+            _ => false,
+        };
+        if timed {
+            let micros = micros(now_ns, started_ns);
+            lane.total.saturating_record(micros);
+            if lane.report.events == 0 {
+                self.interval.first.saturating_record(micros);
+            }
+        } else if outcome != Outcome::HungUp {
+            report.not_timed += 1;
+        }
         match outcome {
             Outcome::Whole(status) => {
                 *report.status.entry(status).or_default() += 1;
                 report.ok += u64::from(status == 200);
                 lane.report.ok += u64::from(status == 200);
                 failures.status += u64::from(expected.is_some_and(|expected| expected != status));
-                let micros = micros(now_ns, started_ns);
-                lane.total.saturating_record(micros);
-                if lane.report.events == 0 {
-                    self.interval.first.saturating_record(micros);
-                }
             }
             Outcome::Flawed(flaw) => {
                 *report.status.entry(200).or_default() += 1;
@@ -295,10 +306,10 @@ impl Tally {
             events_per_s: rate(self.report.events - interval.events),
             active: interval.active,
             failures: failures - interval.failures,
-            first_p50_us: interval.first.value_at_quantile(0.5),
-            first_p99_us: interval.first.value_at_quantile(0.99),
-            delay_p50_us: interval.delay.value_at_quantile(0.5),
-            delay_p99_us: interval.delay.value_at_quantile(0.99),
+            first_p50_us: quantile(&interval.first, 0.5),
+            first_p99_us: quantile(&interval.first, 0.99),
+            delay_p50_us: quantile(&interval.delay, 0.5),
+            delay_p99_us: quantile(&interval.delay, 0.99),
             cores: costs.iter().map(|cost| cost.cores).sum(),
             resident_bytes: costs.iter().map(|cost| cost.resident_after_bytes).sum(),
         };
@@ -314,8 +325,10 @@ impl Tally {
                 .active
                 .fetch_add(interval.active.wrapping_sub(self.progress_active), Relaxed);
             self.progress_active = interval.active;
-            progress.p50_us.store(point.first_p50_us, Relaxed);
-            progress.p99_us.store(point.first_p99_us, Relaxed);
+            if let (Some(p50_us), Some(p99_us)) = (point.first_p50_us, point.first_p99_us) {
+                progress.p50_us.store(p50_us, Relaxed);
+                progress.p99_us.store(p99_us, Relaxed);
+            }
         }
         if self.points.len() < POINTS_MAX {
             self.points.push(point);
@@ -344,6 +357,14 @@ impl Tally {
         report.requests_in_window = closed.requests.saturating_sub(opened.requests);
         report.events_in_window = closed.events.saturating_sub(opened.events);
         // A process that is not there at both ends has no cost to tell.
+        let at_ends = self
+            .pids
+            .iter()
+            .zip(opened.processes.iter().zip(&closed.processes));
+        report.processes_gone = at_ends
+            .filter(|(_, (opened, closed))| opened.is_none() || closed.is_none())
+            .map(|(pid, _)| *pid)
+            .collect();
         report.processes = pairs(&self.pids, &opened.processes, &closed.processes)
             .map(|(pid, before, after)| Cost::between(pid, before, after, report.elapsed_s))
             .collect();
@@ -460,6 +481,10 @@ impl Lane {
             ..self.report.clone()
         }
     }
+}
+
+fn quantile(histogram: &Histogram<u64>, quantile: f64) -> Option<u64> {
+    (!histogram.is_empty()).then(|| histogram.value_at_quantile(quantile))
 }
 
 fn snapshots(pids: &[u32]) -> Vec<Option<Snapshot>> {

@@ -12,6 +12,9 @@ impl fmt::Display for Report {
             .iter()
             .map(|(status, count)| format!("{status}: {count}"))
             .collect();
+        if self.interrupted {
+            writeln!(out, "INTERRUPTED with {} requests under way", self.left)?;
+        }
         writeln!(out, "window      {:.2} s", self.elapsed_s)?;
         writeln!(
             out,
@@ -38,16 +41,22 @@ impl fmt::Display for Report {
             self.connections_opened,
             self.bytes as f64 / 1e6
         )?;
-        if self.hung_up + self.late_starts > 0 {
+        if self.hung_up > 0 {
+            writeln!(out, "on purpose  {} hung up", self.hung_up)?;
+        }
+        if self.late_starts + self.not_started > 0 {
             writeln!(
                 out,
-                "on purpose  {} hung up; {} started late",
-                self.hung_up, self.late_starts
+                "open loop   {} were due, {} started late, {} NEVER STARTED: no connection was free",
+                self.due, self.late_starts, self.not_started
             )?;
         }
         self.write_failures(out)?;
         self.write_latencies(out)?;
         self.processes.iter().try_for_each(|cost| write_cost(out, cost))?;
+        for pid in &self.processes_gone {
+            writeln!(out, "process {pid} ENDED before the window did: it has no cost")?;
+        }
         if let Some(calls) = self.system_calls_per_event {
             writeln!(out, "system calls {calls:.3} per event")?;
         } else if let Some(calls) = self.system_calls_per_request {
@@ -91,7 +100,24 @@ impl Report {
             } else {
                 seen.join(", ")
             }
-        )
+        )?;
+        if self.ok == 0 && self.requests > self.hung_up {
+            writeln!(out, "            nothing was answered with 200")?;
+        }
+        if let Some(refusal) = &self.first_refusal {
+            writeln!(out, "            first answer not wanted: {refusal}")?;
+        }
+        if let Some(error) = &self.first_error {
+            writeln!(out, "            first error: {error}")?;
+        }
+        if self.not_timed > 0 {
+            writeln!(
+                out,
+                "            {} requests are in no total latency: they ended early or were refused",
+                self.not_timed
+            )?;
+        }
+        Ok(())
     }
 
     fn write_parts(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -117,6 +143,9 @@ impl Report {
     }
 
     fn write_latencies(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.ttft.count + self.total.count == 0 {
+            return Ok(());
+        }
         writeln!(
             out,
             "{:<12}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}  (ms)",
@@ -165,12 +194,22 @@ fn write_cost(out: &mut fmt::Formatter<'_>, cost: &Cost) -> fmt::Result {
     }
     writeln!(
         out,
-        "\n    memory {:.1} -> {:.1} MiB, switches {} voluntary, {} involuntary",
+        "\n    memory {:.1} -> {:.1} MiB",
         cost.resident_before_bytes as f64 / 1_048_576.0,
         cost.resident_after_bytes as f64 / 1_048_576.0,
-        cost.voluntary_switches,
-        cost.involuntary_switches
     )?;
+    write!(
+        out,
+        "    context switches {} voluntary, {} involuntary",
+        cost.voluntary_switches, cost.involuntary_switches
+    )?;
+    if let Some(switches) = cost.switches_per_request {
+        write!(out, ", {switches:.3} per request")?;
+    }
+    if let Some(switches) = cost.switches_per_event {
+        write!(out, ", {switches:.4} per event")?;
+    }
+    writeln!(out)?;
     if let Some(bytes) = cost.bytes_per_open_stream {
         writeln!(out, "    {bytes:.0} bytes per open stream")?;
     }

@@ -126,6 +126,11 @@ impl Player {
         Some((row.at_ms * 1e6 / self.trace.speed.max(1e-6)) as u64)
     }
 
+    /// Leaves the next request out.
+    pub fn skip(&mut self) {
+        self.at += 1;
+    }
+
     pub fn next(&mut self) -> Option<Played> {
         let row = self.trace.rows.get(self.at)?;
         let own = self.at as u64;

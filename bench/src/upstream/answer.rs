@@ -175,7 +175,7 @@ impl Answer {
 
     /// The error object of this API.
     pub fn error(&self, status: u16, message: &str) -> String {
-        dialects::error_of(self.api, status, message)
+        dialects::error_of(self.api, status, message, self.behaviour.retry_after_s)
             .unwrap_or_else(|| whole::error_of_status(status, message))
     }
 
@@ -184,7 +184,7 @@ impl Answer {
         let due = |after: Option<u32>| after.is_some_and(|count| count.min(self.tokens) == self.said);
         if due(self.behaviour.error_after) {
             let message = "simulated failure inside the stream";
-            let json = match dialects::error_of(self.api, 503, message) {
+            let json = match dialects::error_of(self.api, 503, message, 0) {
                 Some(json) => json,
                 None => error_object(message, "server_error", "simulated_failure"),
             };

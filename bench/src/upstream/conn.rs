@@ -63,6 +63,15 @@ impl Shared {
         }
     }
 
+    /// `sim` and the models whose behaviour was set, by name.
+    pub fn model_names(&self) -> Vec<String> {
+        let models = self.models.read().unwrap_or_else(PoisonError::into_inner);
+        let mut names: Vec<String> = models.keys().filter(|name| *name != "sim").cloned().collect();
+        names.sort_unstable();
+        names.insert(0, "sim".to_owned());
+        names
+    }
+
     /// What the next call gets by the trace, in its own words' place.
     pub fn play(&self, behaviour: &mut Behaviour) {
         let Some(trace) = &self.trace else {

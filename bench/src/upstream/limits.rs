@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::behaviour::{Behaviour, ProviderLimits};
 use super::request::Api;
@@ -169,7 +170,9 @@ fn fields(api: Api, limits: ProviderLimits, account: &Account) -> String {
         );
         match api {
             Api::Messages => fields.push_str(&format!(
-                "anthropic-ratelimit-{kind}-limit: {limit}\r\nanthropic-ratelimit-{kind}-remaining: {left}\r\n"
+                "anthropic-ratelimit-{kind}-limit: {limit}\r\nanthropic-ratelimit-{kind}-remaining: {left}\r\n\
+                 anthropic-ratelimit-{kind}-reset: {}\r\n",
+                rfc3339(unix_s() + reset_s.ceil() as u64)
             )),
             Api::Gemini | Api::GeminiArray => {}
             _ => fields.push_str(&format!(
@@ -180,6 +183,38 @@ fn fields(api: Api, limits: ProviderLimits, account: &Account) -> String {
     line("requests", limits.requests_per_minute, &account.requests);
     line("tokens", limits.tokens_per_minute, &account.tokens);
     fields
+}
+
+/// The wall clock, for fields that clients expect to be plausible.
+#[allow(clippy::disallowed_methods)] // the harness has no clock module, and nothing is timed with this
+pub fn unix_s() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
+}
+
+/// A time in seconds since 1970 as Anthropic tells it: `2026-11-21T17:40:00Z`.
+fn rfc3339(unix_s: u64) -> String {
+    let (days, second) = (unix_s / 86_400, unix_s % 86_400);
+    // Days since the first of March of the year 0, in eras of 400 years: leap days then stand at the years' ends.
+    let days = days + 719_468;
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        second / 3600,
+        second / 60 % 60,
+        second % 60
+    )
 }
 
 /// Prefixes that were seen lately, each known by the hash of all its bytes.
@@ -237,6 +272,19 @@ impl PrefixCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_dates() {
+        for (unix_s, date) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_399, "2000-02-28T23:59:59Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_795_282_800, "2026-11-21T17:40:00Z"),
+            (4_102_444_799, "2099-12-31T23:59:59Z"),
+        ] {
+            assert_eq!(rfc3339(unix_s), date);
+        }
+    }
 
     #[test]
     fn prefixes_hit_as_far_as_they_are_equal() {

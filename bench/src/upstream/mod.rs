@@ -78,6 +78,13 @@ impl Server {
     pub fn start(options: Options) -> io::Result<Self> {
         let mut addrs: Vec<SocketAddr> = Vec::new();
         let mut listeners = Vec::new();
+        let shared_ports = options.threads > 1;
+        if shared_ports && options.listen.port() != 0 {
+            // With SO_REUSEPORT a port that another simulator has would be shared with it without a word.
+            for endpoint in 0..options.endpoints.max(1) {
+                bind(endpoint_addr(options.listen, endpoint)?, false)?;
+            }
+        }
         for thread in 0..options.threads.max(1) {
             let mut own = Vec::new();
             for endpoint in 0..options.endpoints.max(1) {
@@ -85,7 +92,7 @@ impl Server {
                     Some(addr) => *addr,
                     None => endpoint_addr(options.listen, endpoint)?,
                 };
-                let listener = bind(wanted)?;
+                let listener = bind(wanted, shared_ports)?;
                 if thread == 0 {
                     addrs.push(listener.local_addr()?);
                 }
@@ -202,10 +209,10 @@ fn endpoint_addr(first: SocketAddr, endpoint: u16) -> io::Result<SocketAddr> {
     Ok(SocketAddr::new(first.ip(), port))
 }
 
-fn bind(addr: SocketAddr) -> io::Result<TcpListener> {
+fn bind(addr: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     let socket = Socket::new(Domain::for_address(addr), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
+    socket.set_reuse_port(shared)?;
     socket.set_nonblocking(true)?;
     socket.bind(&addr.into())?;
     socket.listen(BACKLOG)?;

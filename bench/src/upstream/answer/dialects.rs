@@ -253,8 +253,8 @@ fn tool_pieces(call: u32) -> [String; 4] {
     ]
 }
 
-/// The error object of an API. `message` is JSON-escaped here.
-pub(super) fn error_of(api: Api, status: u16, message: &str) -> Option<String> {
+/// The error object of an API. `message` is JSON-escaped here; `retry_s` stands in Google's 429 (google.rpc.RetryInfo).
+pub(super) fn error_of(api: Api, status: u16, message: &str, retry_s: u32) -> Option<String> {
     let message = serde_json::Value::from(message);
     match api {
         Api::Messages => {
@@ -279,8 +279,15 @@ pub(super) fn error_of(api: Api, status: u16, message: &str) -> Option<String> {
                 503 => "UNAVAILABLE",
                 _ => "INTERNAL",
             };
+            let details = if status == 429 {
+                format!(
+                    ",\"details\":[{{\"@type\":\"type.googleapis.com/google.rpc.RetryInfo\",\"retryDelay\":\"{retry_s}s\"}}]"
+                )
+            } else {
+                String::new()
+            };
             Some(format!(
-                "{{\"error\":{{\"code\":{status},\"message\":{message},\"status\":\"{kind}\"}}}}"
+                "{{\"error\":{{\"code\":{status},\"message\":{message},\"status\":\"{kind}\"{details}}}}}"
             ))
         }
         _ => None,

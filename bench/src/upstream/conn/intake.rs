@@ -1,9 +1,8 @@
 //! The way in: from received bytes to a whole request, and on to what answers it.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use super::super::answer::{Answer, put_error, put_json};
 use super::super::behaviour::Stale;
+use super::super::limits::unix_s;
 use super::super::request::{self, Api, MODELS, Route};
 use super::super::stats::count;
 use super::{Body, Connection, Context, Ending, Phase, Wait, nanoseconds};
@@ -159,8 +158,14 @@ impl Connection {
                 context.shared.last.swap(&mut self.head, &mut self.body);
             }
             Route::Models => {
-                let body = r#"{"object":"list","data":[{"id":"sim","object":"model","created":0,"owned_by":"sim"}]}"#;
-                put_json(&mut self.out, 200, "", body, false);
+                let models: Vec<serde_json::Value> = context
+                    .shared
+                    .model_names()
+                    .into_iter()
+                    .map(|id| serde_json::json!({ "id": id, "object": "model", "created": 0, "owned_by": "sim" }))
+                    .collect();
+                let body = serde_json::json!({ "object": "list", "data": models }).to_string();
+                put_json(&mut self.out, 200, "", &body, false);
             }
             Route::Stats => {
                 let stats = serde_json::to_string(&context.shared.counters.read()).unwrap_or_default();
@@ -241,12 +246,4 @@ impl Connection {
             answer,
         };
     }
-}
-
-/// The wall clock, for the `created` field that clients expect to be plausible.
-#[allow(clippy::disallowed_methods)] // the harness has no clock module, and nothing is timed with this
-fn unix_s() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs())
 }
