@@ -10,7 +10,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 pub const GATHER_US_MAX: u64 = 2_000;
 
 /// See [`Relay::gather`]. Measured with `bench/run.sh` (docs/performance.md).
-const GATHER_US: u64 = 800;
+const GATHER_US: u64 = 2_000;
 
 /// How streams are passed on.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, JsonSchema)]
@@ -94,6 +94,6 @@ mod tests {
         assert!(us("3ms").is_err_and(|error| error.contains("too long")));
         assert!(us("1s").is_err_and(|error| error.contains("not a time")));
         assert!(us("ms").is_err() && us("-1us").is_err() && us("99999999999999999999us").is_err());
-        assert_eq!(Gather::default().to_string(), "800us");
+        assert_eq!(Gather::default().to_string(), "2000us");
     }
 }
