@@ -89,6 +89,7 @@ class Flood:
         for place in range(knockers):
             pid = os.fork()
             if pid == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 try:
                     os.sched_setaffinity(0, {1})
                     knock(port, self.shared, 16 * place)
@@ -165,7 +166,7 @@ def turn(arguments, kind):
         path = f"{directory}/gateway.yaml"
         with open(path, "w") as file:
             file.write(config(directory, ports, tokens, kind == "dropped"))
-        fleet = gateway = flood = None
+        fleet = gateway = load = flood = None
         try:
             fleet = subprocess.Popen([f"{arguments.build}/gateway-bench", "upstream", "--listen", f"127.0.0.1:{upstream}"],
                                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -201,7 +202,7 @@ def turn(arguments, kind):
         finally:
             if flood:
                 flood.end()
-            for process in (gateway, fleet):
+            for process in (load, gateway, fleet):
                 if process:
                     end(process)
 
@@ -216,6 +217,8 @@ def main():
     arguments = parser.parse_args()
     if os.cpu_count() < 2:
         sys.exit("needs two cores")
+    # Ends as an exception does, so that what was started goes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     os.sched_setaffinity(0, {0})
     turns = {kind: [] for kind in KINDS}
     for number in range(arguments.rounds):

@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import struct
@@ -98,9 +99,17 @@ def cgroup_root():
 
 class Gateway:
     def __init__(self, binary):
-        self.state = tempfile.TemporaryDirectory(prefix="gateway-cost-")
         self.cgroup = f"{cgroup_root()}/gateway-cost-{os.getpid()}"
+        self.process = None
+        self.state = tempfile.TemporaryDirectory(prefix="gateway-cost-")
         os.mkdir(self.cgroup)
+        try:
+            self.start(binary)
+        except BaseException:
+            self.end()
+            raise
+
+    def start(self, binary):
         self.front, self.admin = free_port(), free_port()
         path = f"{self.state.name}/gateway.yaml"
         with open(path, "w") as file:
@@ -130,12 +139,13 @@ class Gateway:
             return answer.read()
 
     def end(self):
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        if self.process:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         os.rmdir(self.cgroup)
         self.state.cleanup()
 
@@ -195,6 +205,8 @@ def main():
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    # Ends as an exception does, so that gateway and cgroup go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     os.sched_setaffinity(0, {1})
     gateway = Gateway(options.gateway)
     try:

@@ -28,6 +28,7 @@ import hashlib
 import json
 import os
 import resource
+import signal
 import socket
 import ssl
 import statistics
@@ -88,7 +89,15 @@ log: {{ level: error, access: "off" }}
 
 class Gateway:
     def __init__(self, binary, xdp=""):
+        self.process = None
         self.directory = tempfile.TemporaryDirectory(prefix="gateway-refusal-")
+        try:
+            self.start(binary, xdp)
+        except BaseException:
+            self.end()
+            raise
+
+    def start(self, binary, xdp):
         self.ports = [free_port() for _ in range(4)]
         path = self.directory.name
         subprocess.run(
@@ -118,8 +127,13 @@ class Gateway:
             return answer.read()
 
     def end(self):
-        self.process.terminate()
-        self.process.wait(timeout=30)
+        if self.process:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
         self.directory.cleanup()
 
 
@@ -278,11 +292,13 @@ def main():
     parser.add_argument("--tls-count", type=int, default=2_000)
     options = parser.parse_args()
     options.gateway = os.path.abspath(options.gateway)
+    # Ends as an exception does, so that gateway and sender go too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     unshare()
     ip("link", "set", "lo", "up")
-    sender = Sender()
-    gateway = Gateway(options.gateway)
+    sender, gateway = Sender(), None
     try:
+        gateway = Gateway(options.gateway)
         pid, (plain, tls, _, dead) = gateway.process.pid, gateway.ports
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -316,7 +332,8 @@ def main():
             "bare": syns | of_syns, "aim_plain": 50, "aim_tls": 500,
         }, indent=2))
     finally:
-        gateway.end()
+        if gateway:
+            gateway.end()
         sender.end()
 
 

@@ -9,6 +9,7 @@
 # are installed with apt-get (root, or sudo without a password); bpf-linker once into target/bpf-tools.
 # Needs: cargo (any recent one; only /usr/bin/rustc compiles), a C compiler.
 set -euo pipefail
+shopt -s inherit_errexit   # a build that fails in $(compile) must not leave the object of the last one
 
 LLVM=22                 # what rustc-web is built with: rust-web-llvm
 BPF_LINKER=0.13.0

@@ -45,8 +45,22 @@ pub const PORTS_MAX: u32 = 256;
 /// one has stayed while that many came; the later one is kept apart, at the cost of an allocation. 4 MiB.
 pub const CONN_SLOTS: u32 = 65_536;
 
+/// The slots, the first of all, that a connection tries before the others; a power of two. Short connections use these alone, one
+/// after another, so that they stay in the CPUs' caches: 64 KiB. Those of long ones are passed over.
+pub const CONN_SLOTS_NEAR: u32 = 1024;
+
 /// Segments with payload, both ways, below which an open connection tells nothing: short ones tell all at their end.
 pub const TELL_SEGMENTS: u32 = 8;
+
+/// The slot of the cores' loads that has the number of the least loaded core. The loads follow, so that with up to seven cores
+/// all are in one cache line.
+pub const LOAD_LEAST: u32 = 0;
+
+/// The slot of a core's load.
+#[inline(always)]
+pub const fn load_slot(core: u32) -> u32 {
+    LOAD_LEAST + 1 + core
+}
 
 /// No core: the value of a CPU that has none in the steering map.
 pub const CORE_NONE: u32 = u32::MAX;

@@ -24,7 +24,8 @@ pub mod names {
     pub const RATES: &str = "RATES";
     /// Array of one `u64`: until when attempts of unknown clients are accounted for, on CLOCK_MONOTONIC.
     pub const HALF_OPEN: &str = "HALF_OPEN";
-    /// Array socket cookie modulo [`crate::CONN_SLOTS`] → [`super::Conn`]: what is known of an open connection.
+    /// Array socket cookie modulo [`crate::CONN_SLOTS_NEAR`], or modulo [`crate::CONN_SLOTS`] → [`super::Conn`]: what is known of an
+    /// open connection.
     pub const CONNS: &str = "CONNS";
     /// Socket storage of [`super::Conn`], for connections whose slot another one has.
     pub const CONNS_APART: &str = "CONNS_APART";
@@ -36,7 +37,8 @@ pub mod names {
     pub const SOCKETS: &str = "SOCKETS";
     /// Array CPU → core (`u32`), [`crate::CORE_NONE`] where there is none.
     pub const CPU_CORES: &str = "CPU_CORES";
-    /// Array core → open streams (`u64`), mapped into user space; slot `CORES_MAX` is the core with the fewest.
+    /// Array [`crate::load_slot`] → a core's open streams (`u64`), mapped into user space; slot [`crate::LOAD_LEAST`] is the number of
+    /// the core with the fewest.
     pub const LOADS: &str = "LOADS";
     /// Hash local port (`u32`, host order) → its slot in [`PORT_COUNTS`] (`u32`).
     pub const PORTS: &str = "PORTS";
@@ -80,32 +82,32 @@ macro_rules! shared {
 pub const LIFE_BUCKETS: usize = 24;
 
 shared! {
-    /// What user space tells the programs; written as a whole.
+    /// What user space tells the programs; written as a whole. What every attempt asks for stands together at the head.
     pub struct Settings {
-        /// 1: a blocked client's connection is refused; 0: it is only counted (observe).
-        pub enforce: u32,
         /// 1: connections are steered to cores; 0: the kernel's hash decides.
         pub steering: u32,
         /// Cores in use, at most [`crate::CORES_MAX`].
         pub cores: u32,
+        /// 1: who the client is matters to every attempt, because of blocks or a bound of clients.
+        pub asks: u32,
+        /// 1: a blocked client's connection is refused; 0: it is only counted (observe).
+        pub enforce: u32,
+        /// Nanoseconds by which an unknown client's attempt fills the common allowance; 0: no bound.
+        pub half_open_ns: u64,
         /// 1: [`names::NETS`] has entries and must be asked.
         pub nets: u32,
         /// 1: [`names::BLOCKS`] may have entries that hold and must be asked.
         pub clients: u32,
-        /// 1: who the client is matters to every attempt, because of blocks or a bound of clients.
-        pub asks: u32,
         /// Bits of an IPv4 client's key that count.
         pub mask_v4: [u64; 2],
         /// Bits of an IPv6 client's key that count.
         pub mask_v6: [u64; 2],
+        /// Open connections that a client may have; 0: no bound.
+        pub open_max: u64,
         /// Nanoseconds between two connections of a client at its full rate; 0: no bound.
         pub rate_ns: u64,
         /// How far a client may be ahead of its rate, nanoseconds.
         pub burst_ns: u64,
-        /// Nanoseconds by which an unknown client's attempt fills the common allowance; 0: no bound.
-        pub half_open_ns: u64,
-        /// Open connections that a client may have; 0: no bound.
-        pub open_max: u64,
         /// 1: this host may forward packets, so that XDP must ask whether one is for it.
         pub forwards: u64,
     }
@@ -196,10 +198,10 @@ shared! {
         pub bytes_out: u64,
         /// Segments sent again; as `bytes_in`.
         pub retransmits: u64,
-        /// Lives of ended connections.
-        pub life: [u64; LIFE_BUCKETS],
-        /// Sum of those lives, milliseconds.
+        /// Sum of the lives of ended connections, milliseconds.
         pub life_ms: u64,
+        /// Those lives by length.
+        pub life: [u64; LIFE_BUCKETS],
     }
 
     /// What is known of an open connection: a cache line.
@@ -234,6 +236,8 @@ shared! {
         pub base: u32,
         /// As [`Listeners::count`].
         pub count: u32,
+        /// The slot of the port's counters.
+        pub slot: u32,
     }
 
     /// The group that a listening socket belongs to.

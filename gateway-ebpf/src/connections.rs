@@ -20,12 +20,12 @@ use aya_ebpf::{
     programs::SockOpsContext,
 };
 use gateway_common::{
-    CONN_SLOTS, Client, ClientKey, Conn, LIFE_BUCKETS, Port, Settings, TELL_SEGMENTS, TELL_TICKS,
+    CONN_SLOTS, CONN_SLOTS_NEAR, Client, ClientKey, Conn, LIFE_BUCKETS, Port, Settings, TELL_SEGMENTS, TELL_TICKS,
 };
 
 use crate::{
     judge::give_back,
-    maps::{CLIENTS, CONNS, CONNS_APART, FRESH, PORT_COUNTS, PORTS, SETTINGS, add, add_u32, count},
+    maps::{CLIENTS, CONNS, CONNS_APART, FRESH, PORT_COUNTS, SETTINGS, add, add_u32, count, port_slot},
 };
 
 const AF_INET: u32 = 2;
@@ -49,11 +49,9 @@ pub fn connections(ctx: SockOpsContext) -> u32 {
 /// operation, those of other services on the cgroup with another local port.
 #[inline(always)]
 fn opened(ctx: &SockOpsContext) {
-    let Some(slot) = PORTS.get_ptr(ctx.local_port()) else {
+    let Some(slot) = port_slot(ctx.local_port()) else {
         return;
     };
-    // SAFETY: a live value of the map, one aligned word.
-    let slot = unsafe { *slot };
     let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
@@ -163,13 +161,21 @@ fn state_changed(ctx: &SockOpsContext) {
     let (Some(port), Some(settings)) = (PORT_COUNTS.get_ptr_mut(slot), SETTINGS.get(0)) else {
         return;
     };
-    let entry = known(ctx, settings);
-    tell(ctx, conn, port, entry, payload(ctx, conn, state));
     let life_ms = now_ns.wrapping_sub(opened_ns) / 1_000_000;
     let bucket = opaque(conn, bucket_of(life_ms));
     if bucket >= LIFE_BUCKETS {
         return;
     }
+    let entry = known(ctx, settings);
+    if !entry.is_null() {
+        // Asks for the entry's two lines at once: an atomic add waits for its own, and then they would come one after the other.
+        // SAFETY: a live value of the map; volatile, because nobody uses what is read.
+        unsafe {
+            (&raw const (*entry).life).cast::<u32>().add(bucket).read_volatile();
+            (&raw const (*entry).born_ns).read_volatile();
+        }
+    }
+    tell(ctx, conn, port, entry, payload(ctx, conn, state));
     give_up(conn);
     // SAFETY: live values of maps, raised atomically.
     unsafe {
@@ -327,44 +333,71 @@ fn half_closed(ctx: &SockOpsContext) {
     unsafe { (*conn).half_closed_in = (*ctx.ops).bytes_received + 1 };
 }
 
-/// The socket's cookie, and the slot that it falls into.
+/// The socket's cookie, by which its slots are found.
 #[inline(always)]
-fn slot_of(ctx: &SockOpsContext) -> (u64, Option<*mut Conn>) {
+fn cookie_of(ctx: &SockOpsContext) -> u64 {
     // SAFETY: the helper takes the program's context.
-    let cookie = unsafe { bpf_get_socket_cookie(ctx.as_ptr()) };
-    (cookie, CONNS.get_ptr_mut(cookie as u32 & (CONN_SLOTS - 1)))
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
 }
 
-/// A place for what is to be known of a connection: its slot, or, where another connection has that, storage of the socket's own,
-/// which costs several times as much.
+/// The slot of a cookie among the first so many.
+#[inline(always)]
+fn slot_of(cookie: u64, slots: u32) -> Option<*mut Conn> {
+    CONNS.get_ptr_mut(cookie as u32 & (slots - 1))
+}
+
+/// A place for what is to be known of a connection: one of its two slots, or, where other connections have those, storage of the
+/// socket's own, which costs several times as much.
+#[inline(always)]
+fn conn_for(ctx: &SockOpsContext) -> Option<*mut Conn> {
+    let cookie = cookie_of(ctx);
+    let near = slot_of(cookie, CONN_SLOTS_NEAR)?;
+    if claim(near, cookie) {
+        return Some(near);
+    }
+    let far = slot_of(cookie, CONN_SLOTS)?;
+    if claim(far, cookie) {
+        return Some(far);
+    }
+    apart(ctx, u64::from(BPF_SK_STORAGE_GET_F_CREATE))
+}
+
+/// Takes a slot that nobody has.
 ///
 /// Claims are counted and not swapped in, because this target has no compare-and-swap that all JITs of 5.15 know. All see the
 /// changes of one word in one order, so of several that come at once at most one finds itself alone; the others step back.
 #[inline(always)]
-fn conn_for(ctx: &SockOpsContext) -> Option<*mut Conn> {
-    let (cookie, slot) = slot_of(ctx);
-    let slot = slot?;
+fn claim(slot: *mut Conn, cookie: u64) -> bool {
     // SAFETY: a live value of the map; claims are raised atomically, the rest is written by whom the slot belongs to.
     unsafe {
         let claims = &raw mut (*slot).claims;
+        // Mostly of a long connection: then its line is only read.
+        if claims.read_volatile() != 0 {
+            return false;
+        }
         add_u32(claims, 1);
         if claims.read_volatile() == 1 {
             (*slot).cookie = cookie;
-            return Some(slot);
+            return true;
         }
         add_u32(claims, u32::MAX);
     }
-    apart(ctx, u64::from(BPF_SK_STORAGE_GET_F_CREATE))
+    false
 }
 
 /// What is known of a connection, if it was counted.
 #[inline(always)]
 fn conn_of(ctx: &SockOpsContext) -> Option<*mut Conn> {
-    let (cookie, slot) = slot_of(ctx);
-    let slot = slot?;
+    let cookie = cookie_of(ctx);
+    let near = slot_of(cookie, CONN_SLOTS_NEAR)?;
     // SAFETY: a live value of the map. A slot that has changed hands has another cookie.
-    if unsafe { (*slot).cookie } == cookie {
-        return Some(slot);
+    if unsafe { (*near).cookie } == cookie {
+        return Some(near);
+    }
+    let far = slot_of(cookie, CONN_SLOTS)?;
+    // SAFETY: as above.
+    if unsafe { (*far).cookie } == cookie {
+        return Some(far);
     }
     apart(ctx, 0)
 }

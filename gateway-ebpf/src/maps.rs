@@ -94,14 +94,26 @@ pub fn add_u32(counter: *mut u32, count: u32) {
     unsafe { atomic_xadd::<u32, u32, { AtomicOrdering::Relaxed }>(counter, count) };
 }
 
+/// The slot of a port's counters. The hash is asked only where several groups, or ports that meet, share a place in the array.
+#[inline(always)]
+pub fn port_slot(port: u32) -> Option<u32> {
+    if let Some(near) = NEAR.get(port % NEAR_SLOTS)
+        && near.count != 0
+        && near.port == port
+    {
+        return Some(near.slot);
+    }
+    // SAFETY: a live value of the map, one aligned word.
+    PORTS.get_ptr(port).map(|slot| unsafe { *slot })
+}
+
 /// This CPU's counters of a port; null: it is not counted (see `block_of` for why null).
 #[inline(always)]
 pub fn port_counts(port: u32) -> *mut Port {
-    let Some(slot) = PORTS.get_ptr(port) else {
+    let Some(slot) = port_slot(port) else {
         return null_mut();
     };
-    // SAFETY: a live value of the map, one aligned word.
-    PORT_COUNTS.get_ptr_mut(unsafe { *slot }).unwrap_or(null_mut())
+    PORT_COUNTS.get_ptr_mut(slot).unwrap_or(null_mut())
 }
 
 /// Raises one field of this CPU's [`Totals`].

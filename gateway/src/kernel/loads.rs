@@ -8,9 +8,9 @@ use std::{
 };
 
 use aya::maps::MapData;
-use gateway_common::CORES_MAX;
+use gateway_common::{CORES_MAX, LOAD_LEAST, load_slot};
 
-/// The slots of the map: a core's each, and the number of the least loaded core.
+/// The slots of the map: the number of the least loaded core, and a core's each.
 const SLOTS: usize = CORES_MAX as usize + 1;
 
 /// Of what the program has steered to a core, the share that is still counted after a tick: a half. What became a stream by
@@ -54,7 +54,8 @@ impl Loads {
         Ok(Loads { slots, bytes, cores })
     }
 
-    fn slot(&self, slot: usize) -> &AtomicU64 {
+    fn slot(&self, slot: u32) -> &AtomicU64 {
+        let slot = slot as usize;
         debug_assert!(slot < SLOTS);
         // SAFETY: within the mapping; page aligned, so aligned for the atomic; the program too accesses it by word.
         unsafe { self.slots.add(slot.min(SLOTS - 1)).as_ref() }
@@ -67,7 +68,7 @@ impl Loads {
             let Some(mut core) = self.cores.get(number).copied() else {
                 continue;
             };
-            let slot = self.slot(number);
+            let slot = self.slot(load_slot(number as u32));
             let now = slot.load(Ordering::Relaxed);
             // What the program has added since the last time.
             let steered = now.saturating_sub(core.published);
@@ -82,7 +83,7 @@ impl Loads {
         let least = (0..self.cores.len())
             .min_by_key(|core| self.cores[*core].published)
             .unwrap_or(0) as u64;
-        let slot = self.slot(CORES_MAX as usize);
+        let slot = self.slot(LOAD_LEAST);
         if slot.load(Ordering::Relaxed) != least {
             slot.store(least, Ordering::Relaxed);
         }

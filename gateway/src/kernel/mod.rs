@@ -124,9 +124,6 @@ impl Kernel {
         let cookies = cookies(sockets)?;
         let group = self.slot(&cookies)?;
         self.fill(group, sockets, &cookies)?;
-        if let Some(port) = port(first) {
-            self.count_port(port)?;
-        }
         let program = self
             .ebpf
             .program(names::LISTENER)
@@ -139,8 +136,8 @@ impl Kernel {
             .map_err(|e| Off::failed("attaching to the listeners", &e))
     }
 
-    /// Counts connections of one more port; one that is counted already goes on.
-    fn count_port(&mut self, port: u16) -> Result<(), Off> {
+    /// Counts connections of one more port; one that is counted already goes on. Returns the slot of its counters.
+    fn count_port(&mut self, port: u16) -> Result<u32, Off> {
         self.ports
             .add(port)
             .map_err(|e| Off::failed(&format!("counting port {port} (the bound is {PORTS_MAX})"), &e))
@@ -185,11 +182,15 @@ impl Kernel {
             count: sockets.len() as u32,
         };
         self.taken[group] = cookies.to_vec();
-        let near = sockets.first().and_then(port).map(|port| Near {
-            port: u32::from(port),
-            base,
-            count: listeners.count,
-        });
+        let near = match sockets.first().and_then(port) {
+            Some(port) => Some(Near {
+                port: u32::from(port),
+                base,
+                count: listeners.count,
+                slot: self.count_port(port)?,
+            }),
+            None => None,
+        };
         let stored = self.near.set(group, near);
         stored.map_err(|e| Off::failed("handing the listener group to the kernel", &e))?;
         for cookie in cookies {

@@ -53,7 +53,14 @@ mod tests {
 
     #[test]
     fn a_slot_tells_only_where_one_group_is_in_it() {
-        let near = |port, base| Some(Near { port, base, count: 2 });
+        let near = |port, base| {
+            Some(Near {
+                port,
+                base,
+                count: 2,
+                slot: 1,
+            })
+        };
         let groups = [
             near(80, 0),
             near(443, 256),

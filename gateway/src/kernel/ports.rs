@@ -26,14 +26,14 @@ impl Ports {
         Ok(Ports { index, counts, slots })
     }
 
-    /// Counts connections of one more port from now on; one that is counted already goes on.
+    /// Counts connections of one more port from now on; one that is counted already goes on. Returns the slot of its counters.
     ///
     /// # Errors
     /// All slots are taken, or the kernel refused.
-    pub fn add(&mut self, port: u16) -> Result<(), MapError> {
+    pub fn add(&mut self, port: u16) -> Result<u32, MapError> {
         let port = u32::from(port);
-        if self.slots.contains_key(&port) {
-            return Ok(());
+        if let Some(slot) = self.slots.get(&port) {
+            return Ok(*slot);
         }
         let free = (RETIRED + 1..=PORTS_MAX).find(|slot| self.slots.values().all(|taken| taken != slot));
         // What the kernel says of a map that is full.
@@ -45,7 +45,7 @@ impl Ports {
         self.counts.set(slot, self.values(&Port::default())?, 0)?;
         self.index.insert(port, slot, 0)?;
         self.slots.insert(port, slot);
-        Ok(())
+        Ok(slot)
     }
 
     /// Forgets ports that are not `wanted`, and books connections as ended that were open in an earlier process. Nothing
