@@ -6,7 +6,7 @@
 #   tests/portability/boot.sh x86_64 [KERNEL.deb]     the debug build of this tree (cargo test --no-run)
 #   tests/portability/boot.sh arm64 [KERNEL.deb]      the build that tests/portability/arm64.sh made
 #
-# SUITES="flood kernel engine" names other test files of gateway/tests. Without KERNEL.deb the current kernel of the
+# SUITES="flood kernel engine" names other test files of gateway/tests, FILTER="word …" the tests in them. Without KERNEL.deb the current kernel of the
 # distribution is fetched with apt-get (Debian 12: 6.1). Needs qemu-system-x86 or qemu-system-arm, cpio, apt-get for what the
 # guest has of tools. Takes minutes; exit code 0 when the tests in the guest passed. The work folder is
 # target/portability; what the guest said stays in boot-ARCH.log.
@@ -121,7 +121,7 @@ echo "guest: net.core.bpf_jit_enable = \$(cat /proc/sys/net/core/bpf_jit_enable)
 export PATH=/sbin:/bin GATEWAY_TESTS_REQUIRED=kernel,root GATEWAY_TEST_DRIVER=io_uring RUST_BACKTRACE=0
 for suite in ${suites[*]}; do
   echo "guest: \$suite"
-  /tests/\$suite --test-threads 1 2>&1
+  /tests/\$suite --test-threads 1 ${FILTER:-} 2>&1
 done
 dmesg | grep -E 'WARNING|BUG:|Oops|Call [Tt]race|hung task'
 echo guest: done
