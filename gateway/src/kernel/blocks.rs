@@ -8,6 +8,7 @@ use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 use super::{
     clock,
+    ends::Ends,
     policy::{Policy, canonical},
     stats::Blocked,
 };
@@ -35,8 +36,8 @@ pub struct Blocks {
     exempt: LpmTrie<MapData, ClientKey, u32>,
     /// The networks in the trie with the end of their blocks, so that their end is seen without walking it.
     until_ns: HashMap<IpNet, u64>,
-    /// When the last block of a client ends, as far as is known: one evicted before its time still counts.
-    clients_until_ns: u64,
+    /// When the blocks of clients end.
+    ends: Ends,
     policy: Policy,
 }
 
@@ -50,9 +51,11 @@ impl Blocks {
     ) -> Result<Blocks, MapError> {
         let entries = nets.iter().take(NETS_MAX as usize).filter_map(Result::ok);
         let until_ns = entries.filter_map(|(key, block)| Some((net_of(&key)?, block.until_ns)));
+        // Expired ones too: the next sweep forgets them.
+        let ends = clients.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
         let mut blocks = Blocks {
             until_ns: until_ns.collect(),
-            clients_until_ns: last_end(&clients),
+            ends: Ends::new(ends.map(|(_, block)| block.until_ns)),
             clients,
             nets,
             exempt,
@@ -73,7 +76,7 @@ impl Blocks {
 
     /// Whether the program must ask the hash of clients.
     pub fn has_clients(&self) -> bool {
-        self.clients_until_ns > clock::now_ns()
+        self.ends.any_after(clock::now_ns())
     }
 
     /// Replaces the exempt networks, and lifts the blocks that they now forbid.
@@ -132,7 +135,10 @@ impl Blocks {
         };
         if self.policy.is_client(&net) {
             self.clients.insert(ClientKey::whole(net.addr()), block, 0)?;
-            self.clients_until_ns = self.clients_until_ns.max(until_ns);
+            if let Some(before) = before {
+                self.ends.remove(before.until_ns);
+            }
+            self.ends.add(until_ns);
             return Ok(());
         }
         if self.until_ns.len() >= NETS_MAX as usize && !self.until_ns.contains_key(&net) {
@@ -161,9 +167,8 @@ impl Blocks {
             Err(error) if !is_absent(&error) => return Err(error.into()),
             _ => {}
         }
-        // It was the last to end: without this the program would ask for clients until then, though none is blocked.
-        if self.policy.is_client(&net) && block.until_ns >= self.clients_until_ns {
-            self.clients_until_ns = last_end(&self.clients);
+        if self.policy.is_client(&net) {
+            self.ends.remove(block.until_ns);
         }
         Ok(block.until_ns > clock::now_ns())
     }
@@ -184,10 +189,11 @@ impl Blocks {
 
     /// Takes networks out of the trie whose block has ended: an expired one hides a wider one that still holds.
     pub fn sweep(&mut self) {
+        let now_ns = clock::now_ns();
+        self.ends.sweep(now_ns);
         if self.until_ns.is_empty() {
             return;
         }
-        let now_ns = clock::now_ns();
         let nets = &mut self.nets;
         self.until_ns.retain(|net, until_ns| {
             let holds = *until_ns > now_ns;
@@ -224,12 +230,6 @@ impl Blocks {
         blocked.dedup_by_key(|entry| entry.net);
         blocked
     }
-}
-
-/// When the last block of a client ends. Walks the map: up to some 50 ms when it is full.
-fn last_end(clients: &MapHash<MapData, ClientKey, Block>) -> u64 {
-    let entries = clients.iter().take(BLOCKS_MAX as usize).filter_map(Result::ok);
-    entries.map(|(_, block)| block.until_ns).max().unwrap_or(0)
 }
 
 /// Whether a key was not there.

@@ -16,6 +16,7 @@
 mod blocks;
 mod cgroup;
 mod clock;
+mod ends;
 mod lines;
 mod load;
 mod loads;
