@@ -6,8 +6,9 @@
 #   tests/portability/boot.sh x86_64 [KERNEL.deb]     the debug build of this tree (cargo test --no-run)
 #   tests/portability/boot.sh arm64 [KERNEL.deb]      the build that tests/portability/arm64.sh made
 #
-# SUITES="flood kernel engine" names other test files of gateway/tests, FILTER="word …" the tests in them. Without KERNEL.deb the current kernel of the
-# distribution is fetched with apt-get (Debian 12: 6.1). Needs qemu-system-x86 or qemu-system-arm, cpio, apt-get for what the
+# SUITES="flood kernel engine" names other test files of gateway/tests, or `unit` for the unit tests of `gateway`
+# (cargo test --no-run --lib); FILTER="word …" the tests in them. Without KERNEL.deb the current kernel of the distribution is
+# fetched with apt-get (Debian 12: 6.1). Needs qemu-system-x86 or qemu-system-arm, cpio, apt-get for what the
 # guest has of tools. Takes minutes; exit code 0 when the tests in the guest passed. The work folder is
 # target/portability; what the guest said stays in boot-ARCH.log.
 set -euo pipefail
@@ -95,7 +96,9 @@ for loader in "$packed"/lib/ld-linux-*.so.* "$packed"/lib64/ld-linux-*.so.*; do
 done
 "$strip" -o "$tree$binary" "$binary"
 for suite in "${suites[@]}"; do
-  built=$(find "$target/deps" -name "$suite-*" -executable -type f -printf '%T@ %p\n' | sort -rn | sed 's/^[^ ]* //;q')
+  # The binary stands beside its unit tests by the same name.
+  [ "$suite" = unit ] && name=gateway || name=$suite
+  built=$(find "$target/deps" -name "$name-*" ! -samefile "$binary" -executable -type f -printf '%T@ %p\n' | sort -rn | sed 's/^[^ ]* //;q')
   [ -n "$built" ] || { say "build first: cargo test --no-run --test $suite"; exit 1; }
   "$strip" -o "$tree/tests/$suite" "$built"
 done
