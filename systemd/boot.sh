@@ -128,8 +128,8 @@ expect() { [ "$2" = "$3" ] && echo "ok: $1" || { echo "boot: $1: expected $3, go
 expect "started and said that it is ready" "$(show ActiveState)" active
 status=/proc/$(show MainPID)/status
 expect "runs as gateway" "$(awk '/^Uid:/ { print $2 }' "$status")" "$(id -u gateway)"
-# BPF, NET_ADMIN, NET_BIND_SERVICE: bits 39, 12, 10 (capabilities(7)).
-expect "has the three capabilities and no more" "$(awk '/^CapBnd:/ { print $2 }' "$status")" 0000008000001400
+# BPF, PERFMON, NET_ADMIN, NET_BIND_SERVICE: bits 39, 38, 12, 10 (capabilities(7)).
+expect "has the four capabilities and no more" "$(awk '/^CapBnd:/ { print $2 }' "$status")" 000000c000001400
 expect "is under seccomp" "$(awk '/^Seccomp:/ { print $2 }' "$status")" 2
 expect "keeps its state to itself" "$(stat -c '%U %a' /var/lib/gateway)" "gateway 700"
 expect "serves" "$(curl -s -m 5 -o /dev/null -w '%{http_code}' http://127.0.0.1:8080/healthz)" 200

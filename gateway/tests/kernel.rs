@@ -268,7 +268,7 @@ isolated! {
         });
     }
 
-    the_two_capabilities_of_the_unit_suffice("-all,+bpf,+net_admin") {
+    the_capabilities_of_the_unit_suffice("-all,+bpf,+perfmon,+net_admin") {
         let (kernel, group) = guarded();
         kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         assert!(refused("127.0.0.7", group.port()));
@@ -276,7 +276,7 @@ isolated! {
         until("it is counted", || kernel.stats().closed == 1);
     }
 
-    without_net_admin_only_accounting_is_off("-all,+bpf") {
+    without_net_admin_only_accounting_is_off("-all,+bpf,+perfmon") {
         let group = Group::new("127.0.0.1:0", 2);
         let mut kernel = load(&schema::Kernel::default(), 2).expect("the programs");
         kernel.guard(&group.fds()).expect("guarded");

@@ -17,6 +17,8 @@ PACKAGES=(gcc-aarch64-linux-gnu g++-aarch64-linux-gnu libc6-dev-arm64-cross cmak
 triple=aarch64-unknown-linux-gnu
 # Tests of user space that qemu-user can run: own processes, loopback, epoll.
 SUITES=(streaming proxy)
+# Those that tests/portability/boot.sh runs under a whole kernel.
+BOOTED=(flood kernel engine)
 
 missing=()
 for package in "${PACKAGES[@]}"; do
@@ -42,7 +44,7 @@ jobs=(-j "${JOBS:-2}")
 if [ "$what" != test ]; then
   "${cargo[@]}" build --workspace --target $triple --locked "${jobs[@]}"
   "${cargo[@]}" test --no-run -p gateway -p gateway-common --target $triple --locked "${jobs[@]}" \
-    --lib $(printf -- '--test %s ' "${SUITES[@]}") --test flood
+    --lib $(printf -- '--test %s ' "${SUITES[@]}" "${BOOTED[@]}")
 fi
 if [ "$what" != build ]; then
   # Linked statically: qemu-user 7.2 hangs in pthread_create of a dynamically linked program, but runs a static one.

@@ -2,15 +2,19 @@
 
 use std::{error::Error, fmt, fs, io};
 
-/// CAP_NET_ADMIN, CAP_SYS_ADMIN and CAP_BPF (include/uapi/linux/capability.h).
+/// CAP_NET_ADMIN, CAP_SYS_ADMIN, CAP_PERFMON and CAP_BPF (include/uapi/linux/capability.h).
 const CAP_NET_ADMIN: u32 = 12;
 const CAP_SYS_ADMIN: u32 = 21;
+const CAP_PERFMON: u32 = 38;
 const CAP_BPF: u32 = 39;
 
 /// The oldest kernel the programs are written for.
 const KERNEL_MIN: (u32, u32) = (5, 15);
 /// From 5.11 on, BPF memory is charged to the cgroup and no longer to RLIMIT_MEMLOCK.
 const KERNEL_WITHOUT_MEMLOCK: (u32, u32) = (5, 11);
+
+/// How aya begins what the verifier said.
+const VERIFIER: &str = "Verifier output";
 
 /// The kernel plane, or a part of it, is off.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +45,8 @@ impl Off {
             reason.push_str(" (not permitted: a container, seccomp or kernel lockdown forbids bpf())");
         } else if let Some(old) = too_old() {
             reason.push_str(&old);
+        } else if reason.contains(VERIFIER) && !may(CAP_PERFMON) {
+            reason.push_str(" (CAP_PERFMON is missing, without which older kernels admit less: add it to the service's AmbientCapabilities)");
         }
         Off { reason }
     }
@@ -50,7 +56,7 @@ impl Off {
 pub(super) fn missing() -> Option<Off> {
     if !may(CAP_BPF) {
         return Some(Off::new(
-            "CAP_BPF is missing: run as root, or give the service AmbientCapabilities=CAP_BPF CAP_NET_ADMIN",
+            "CAP_BPF is missing: run as root, or give the service AmbientCapabilities=CAP_BPF CAP_PERFMON CAP_NET_ADMIN",
         ));
     }
     None

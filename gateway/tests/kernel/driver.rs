@@ -95,7 +95,7 @@ isolated! {
         assert_eq!(kernel.ports()[0].refused, 3);
     }
 
-    the_capabilities_of_the_unit_suffice_for_xdp("-all,+bpf,+net_admin") {
+    the_capabilities_of_the_unit_suffice_for_xdp("-all,+bpf,+perfmon,+net_admin") {
         let kernel = on_loopback(schema::KernelMode::Auto);
         assert!(drops(&kernel, &Frame::new(BLOCKED).build()));
     }

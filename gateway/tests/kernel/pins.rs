@@ -17,7 +17,7 @@ use crate::support::{Group, HOLD, connect, guarded, guarded_with, in_state, ip, 
 const BPFFS: &str = "/sys/fs/bpf";
 
 isolated! {
-    blocks_and_counts_outlive_a_restart("-all,+bpf,+net_admin") {
+    blocks_and_counts_outlive_a_restart("-all,+bpf,+perfmon,+net_admin") {
         let (kernel, group) = guarded();
         kernel.block(net("127.0.0.7"), HOLD).expect("blocked");
         kernel.block(net("127.5.0.0/16"), HOLD).expect("blocked");
@@ -107,7 +107,7 @@ isolated! {
         assert!(!place.exists());
     }
 
-    without_a_bpf_file_system_nothing_is_kept_and_it_is_said("-all,+bpf,+net_admin") {
+    without_a_bpf_file_system_nothing_is_kept_and_it_is_said("-all,+bpf,+perfmon,+net_admin") {
         let config = schema::Kernel { bpffs: "/proc".into(), ..schema::Kernel::default() };
         let kernel = crate::support::load(&config, 1).expect("the programs");
         let degraded = kernel.degraded();

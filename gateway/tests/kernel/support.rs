@@ -21,8 +21,8 @@ use gateway::{
 use ipnet::IpNet;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-/// Longest wait for anything that the kernel does by itself.
-pub const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest wait for anything that the kernel does by itself, on an emulated machine too (tests/portability/boot.sh).
+pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const HOLD: Duration = Duration::from_secs(600);
 /// Set in the child: which test it is to run.
 pub const INNER: &str = "GATEWAY_KERNEL_TEST";
