@@ -20,8 +20,8 @@ use crate::{
     quota::refusals::{Growth, Offenders, Origin, Prefixes, Via},
 };
 
-/// Clients taken from each queue in one tick.
-const CLIENTS_PER_TICK: usize = 256;
+/// Clients taken from each queue in one pass.
+const CLIENTS_PER_PASS: usize = 256;
 
 /// What is remembered of offenders. For the control thread.
 pub struct Drops {
@@ -36,8 +36,8 @@ impl Drops {
         }
     }
 
-    /// Acts on what the cores have noted since the last tick; `tell` hears of each network that the kernel drops from now on.
-    /// Tells whether more may wait than one tick takes.
+    /// Acts on what the cores have noted since the last pass; `tell` hears of each network that the kernel drops from now on.
+    /// Tells whether more may wait than one pass takes.
     pub fn tick(
         &self,
         shared: &Shared,
@@ -47,15 +47,16 @@ impl Drops {
     ) -> bool {
         let mut offenders = self.offenders.lock().unwrap_or_else(PoisonError::into_inner);
         let prefixes = prefixes(&config.kernel.drop);
-        for _ in 0..CLIENTS_PER_TICK {
-            let Some(client) = shared.refusals.next_redeemed() else {
-                break;
-            };
+        let mut redeemed = 0;
+        while redeemed < CLIENTS_PER_PASS
+            && let Some(client) = shared.refusals.next_redeemed()
+        {
             offenders.redeem(prefixes.net(client.ip), client.via);
+            redeemed += 1;
         }
-        for _ in 0..CLIENTS_PER_TICK {
+        for _ in 0..CLIENTS_PER_PASS {
             let Some(client) = shared.refusals.next_offender() else {
-                return false;
+                return redeemed == CLIENTS_PER_PASS;
             };
             if config.kernel.mode != KernelMode::Off {
                 drop_client(&mut offenders, shared, kernel, config, client, tell);

@@ -27,7 +27,7 @@ use arc_swap::ArcSwap;
 use tokio::{
     signal::unix::{Signal, SignalKind, signal},
     sync::Notify,
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 
 use crate::{
@@ -55,6 +55,9 @@ use plane::{Inner, State};
 /// How often the control thread looks after the kernel, the limits' clock and the cores where nothing moves. Offenders wake
 /// it at once.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Shortest time between two looks after offenders that were asked for.
+const BELL_REST: Duration = Duration::from_millis(1);
 
 /// How often while the cores' loads move, or the gateway ends.
 const TICK_BUSY: Duration = Duration::from_millis(20);
@@ -349,6 +352,8 @@ async fn live(state: &Arc<State>, threads: &core::Threads, mut signals: Signals)
                 if state.follow_offenders() {
                     bell.0.notify_one();
                 }
+                // However many offend, ticks and everything else of this thread have their turn.
+                sleep(BELL_REST).await;
                 continue;
             }
             _ = signals.hangup.recv() => {

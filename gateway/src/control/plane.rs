@@ -60,8 +60,8 @@ pub struct State {
     log: AccessLog,
     alerts: Alerts,
     resolver: Resolver,
-    /// When the blocked clients were counted last, milliseconds since the start.
-    counted_ms: AtomicU64,
+    /// When the blocked clients are to be counted next, milliseconds since the start.
+    count_due_ms: AtomicU64,
     /// Blocked clients, as last counted.
     blocked: AtomicUsize,
     addresses: Vec<SocketAddr>,
@@ -121,7 +121,7 @@ impl State {
             log,
             alerts,
             resolver,
-            counted_ms: AtomicU64::new(0),
+            count_due_ms: AtomicU64::new(0),
             blocked: AtomicUsize::new(0),
             addresses,
             tls,
@@ -165,8 +165,9 @@ impl State {
         let more = self.follow_offenders();
         let Ok(kernel) = self.kernel() else { return more };
         let now_ms = self.started.elapsed().as_millis() as u64;
-        if now_ms - self.counted_ms.load(Ordering::Relaxed) >= COUNT_EVERY.as_millis() as u64 {
-            self.counted_ms.store(now_ms, Ordering::Relaxed);
+        if now_ms >= self.count_due_ms.load(Ordering::Relaxed) {
+            let due_ms = now_ms + COUNT_EVERY.as_millis() as u64;
+            self.count_due_ms.store(due_ms, Ordering::Relaxed);
             self.blocked.store(kernel.blocked().len(), Ordering::Relaxed);
         }
         let loads_move = kernel.publish_loads(self.shared.cores.iter().map(|core| {

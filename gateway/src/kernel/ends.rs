@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use gateway_common::BLOCKS_MAX;
 
 /// Moments at which blocks end, CLOCK_MONOTONIC in nanoseconds, each with how many end then. At most [`BLOCKS_MAX`] moments, some
-/// 2 MiB. The kernel may have evicted a block whose end still stands here: the program then asks in vain until that time.
+/// 2 MiB. The kernel may have evicted a block whose end still stands here: the program then asks in vain until that time, also
+/// when all others have been lifted.
 #[derive(Default)]
 pub struct Ends {
     moments: BTreeMap<u64, u32>,
