@@ -7,7 +7,7 @@ const EVENTS_MIN: u32 = 8;
 const EVENTS_MAX: u32 = 128;
 
 /// A busy core waits for about what comes in this time, nanoseconds: longer would save little.
-const SHARE_NS: u64 = 500_000;
+const SHARE_NS: u64 = 800_000;
 
 /// How long events are counted for one estimate of their rate, nanoseconds.
 const COUNT_NS: u64 = 10_000_000;
@@ -67,10 +67,10 @@ mod tests {
     }
 
     #[test]
-    fn half_a_millisecond_of_events_is_enough() {
+    fn what_comes_in_a_short_time_is_enough() {
         assert_eq!(enough_at(100), EVENTS_MIN);
-        assert_eq!(enough_at(15_000), EVENTS_MIN);
-        assert_eq!(enough_at(50_000), 25);
+        assert_eq!(enough_at(9_000), EVENTS_MIN);
+        assert_eq!(enough_at(50_000), 40);
         assert_eq!(enough_at(1_000_000), EVENTS_MAX);
     }
 
