@@ -10,7 +10,7 @@ pub(super) fn keys(config: &Config, known: &Known<'_>, report: &mut Report<'_>) 
     if config.keys.is_empty() {
         report.warning(
             &Path::default(),
-            "no `keys`: every request is refused; `gateway keys create` makes one at run time",
+            "no `keys` in this file: only those that `gateway keys create` makes at run time are let in",
         );
     }
     let mut first: HashMap<[u8; 32], usize> = HashMap::new();
